@@ -1,0 +1,109 @@
+"""Engines and sessions. SQLite and Postgres are written by the same statements."""
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy.ext.asyncio import (
+    AsyncEngine,
+    AsyncSession,
+    async_sessionmaker,
+    create_async_engine,
+)
+from sqlalchemy.ext.compiler import compiles
+from sqlalchemy.sql.compiler import SQLCompiler
+from sqlalchemy.sql.expression import ColumnElement
+
+from app.tables import UtcDateTime
+
+SQLITE_BUSY_SECONDS = 30
+
+
+class now(ColumnElement[Any]):  # noqa: N801 - reads as the SQL function that it is
+    """The database's clock, shifted by some seconds. Leases never trust a worker's clock."""
+
+    inherit_cache = False
+    type = UtcDateTime()
+
+    def __init__(self, plus_seconds: float = 0) -> None:
+        self.plus_seconds = float(plus_seconds)
+
+
+@compiles(now, "sqlite")
+def _sqlite_now(element: now, _compiler: SQLCompiler, **_: Any) -> str:
+    # Three digits from SQLite, three zeros: the text form in which SQLAlchemy keeps a time.
+    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', '{element.plus_seconds:+f} seconds')"
+
+
+@compiles(now, "postgresql")
+def _postgres_now(element: now, _compiler: SQLCompiler, **_: Any) -> str:
+    return f"(clock_timestamp() + make_interval(secs => {element.plus_seconds:f}))"
+
+
+def make_engine(url: str) -> Engine:
+    """A blocking engine, for the worker and the command line."""
+    engine = create_engine(url)
+    if engine.dialect.name == "sqlite":
+        _prepare_sqlite(engine)
+    return engine
+
+
+def make_async_engine(url: str) -> AsyncEngine:
+    """The API's engine for the same database."""
+    parsed = make_url(url)
+    if parsed.get_backend_name() == "sqlite":
+        parsed = parsed.set(drivername="sqlite+aiosqlite")
+    engine = create_async_engine(parsed)
+    if engine.dialect.name == "sqlite":
+        _prepare_sqlite(engine.sync_engine)
+    return engine
+
+
+def _prepare_sqlite(engine: Engine) -> None:
+    """WAL, foreign keys, and transactions that say at BEGIN whether they will write.
+
+    A reading transaction that turns into a writing one fails at once with SQLITE_BUSY whatever
+    the timeout, so writers take the lock at BEGIN (option ``writes``).
+    """
+
+    @event.listens_for(engine, "connect")
+    def on_connect(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None
+        cursor = connection.cursor()
+        cursor.execute(f"PRAGMA busy_timeout = {SQLITE_BUSY_SECONDS * 1000}")
+        cursor.execute("PRAGMA journal_mode = WAL")
+        cursor.execute("PRAGMA synchronous = FULL")
+        cursor.execute("PRAGMA foreign_keys = ON")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def on_begin(connection: Connection) -> None:
+        writes = connection.get_execution_options().get("writes", False)
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+class Database:
+    """The API's two ways into the database: to read, and to write."""
+
+    def __init__(self, url: str) -> None:
+        self.engine = make_async_engine(url)
+        writing = self.engine.execution_options(writes=True)
+        self.reading = async_sessionmaker(self.engine, expire_on_commit=False)
+        self.writing = async_sessionmaker(writing, expire_on_commit=False)
+
+
+async def _read_session(request: Request) -> AsyncIterator[AsyncSession]:
+    async with request.state.database.reading() as session, session.begin():
+        yield session
+
+
+async def _write_session(request: Request) -> AsyncIterator[AsyncSession]:
+    """One request is one transaction."""
+    async with request.state.database.writing() as session, session.begin():
+        yield session
+
+
+# scope="function": the commit comes before the response leaves, not after it.
+ReadSession = Annotated[AsyncSession, Depends(_read_session, scope="function")]
+WriteSession = Annotated[AsyncSession, Depends(_write_session, scope="function")]

@@ -1,0 +1,222 @@
+"""The wire types of a job: shapes and ranges only; rules that need the world are in service.py."""
+
+from datetime import datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from app.jobs.states import Phase, Reason, Status
+
+Rank = Annotated[int, Field(ge=1, le=1024)]
+Positive = Annotated[int, Field(ge=1)]
+Label = Annotated[str, Field(max_length=256)]
+
+
+class Body(BaseModel):
+    """A request body refuses what it does not know, NaN, and numbers spelt as strings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+
+class LoraOptions(Body):
+    alpha: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="LoRA alpha; the update is scaled by alpha / rank. Default: 2 · rank."
+    )
+    target_modules: list[str] | Literal["all-linear"] = Field(
+        "all-linear",
+        description="Layer names to adapt, or every linear layer but the head.",
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rslora: bool = Field(False, description="Scale by alpha / √rank instead of alpha / rank.")
+
+
+class DataOptions(Body):
+    format: Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion"] = Field(
+        "auto",
+        description="How a row is read. auto recognises and reports it.",
+    )
+    mapping: dict[str, str] = Field(
+        default_factory=dict, description="Columns to rename: expected name → name in the file."
+    )
+    max_bad_rows: Annotated[int, Field(ge=0)] = Field(
+        0, description="How many unreadable rows may be skipped (and counted) before the job fails."
+    )
+    max_length: Annotated[int, Field(ge=8)] = Field(
+        1024, description="Tokens per row; what is longer is cut at the end, and counted."
+    )
+    loss_on: Literal["assistant", "last_assistant", "all"] = "assistant"
+
+
+class TrainingOptions(Body):
+    epochs: Annotated[float, Field(gt=0, le=1000)] | None = Field(
+        None, description="Passes over the rows. Default 3 if max_steps is not given."
+    )
+    max_steps: Positive | None = Field(None, description="Optimizer steps; instead of epochs.")
+    batch_size: Positive = Field(16, description="Rows per optimizer step.")
+    micro_batch_size: Positive | None = Field(
+        None, description="Rows per forward pass. Default: batch_size, at most 8."
+    )
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="Compute type. auto: bf16 on a GPU that has it, fp32 elsewhere."
+    )
+    perturbation_memory: Literal["auto", "resident", "streamed"] = Field(
+        "auto",
+        description="Noisy weights: a copy of each layer, or one shared workspace.",
+    )
+    checkpoint_steps: Positive | None = Field(
+        None, description="Steps between checkpoints. Default: a tenth of the run, at least 10."
+    )
+    max_bad_losses: Positive = Field(
+        3, description="Steps in a row with a NaN or infinite loss after which the job stops."
+    )
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainingOptions":
+        if self.epochs is not None and self.max_steps is not None:
+            raise ValueError("give epochs or max_steps, not both")
+        return self
+
+
+class EvaluationOptions(Body):
+    validation_uri: str | None = Field(
+        None, description="Held-out rows. Default: a split of the dataset."
+    )
+    split: Annotated[float, Field(gt=0, le=0.5)] = Field(
+        0.05, description="Share of the rows held out when there is no validation_uri."
+    )
+    max_rows: Positive = Field(500, description="Held-out rows at most.")
+    every_steps: Positive | None = Field(
+        None, description="Steps between evaluations. Default: a quarter of the run, at least 20."
+    )
+
+
+class Resources(Body):
+    max_runtime: Positive | None = Field(
+        None, description="Seconds after which a running job is stopped with max_runtime."
+    )
+
+
+class JobCreate(Body):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "base_model": "file:examples/tiny-base",
+                    "dataset_uri": "file:examples/data/train.jsonl",
+                    "rank": 16,
+                    "sigma": 0.05,
+                }
+            ]
+        }
+    )
+
+    base_model: Annotated[str, Field(min_length=1, max_length=1024)] = Field(
+        description="A hub id, or file: and a folder below a configured root."
+    )
+    dataset_uri: Annotated[str, Field(min_length=1, max_length=4096)] = Field(
+        description="file: below a configured root, or dataset: and the id of an upload."
+    )
+    rank: Rank = Field(16, description="LoRA rank.")
+    sigma: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.05,
+        description="Perturbation strength σ; 0 is plain LoRA, the paper advises 0.05 to 0.10.",
+    )
+    base_model_revision: Annotated[str, Field(max_length=128)] | None = Field(
+        None,
+        description="Commit, tag or branch of a hub id; resolved to a commit.",
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    lora: LoraOptions = LoraOptions()
+    data: DataOptions = DataOptions()
+    training: TrainingOptions = TrainingOptions()
+    evaluation: EvaluationOptions = EvaluationOptions()
+    resources: Resources = Resources()
+    name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    labels: Annotated[dict[str, Label], Field(max_length=16)] = Field(default_factory=dict)
+    dry_run: bool = Field(
+        False, description="Stop, and succeed, after the preflight report on the data."
+    )
+
+    def resolved(self) -> "JobCreate":
+        """The same job with every default that depends on another field written out."""
+        training, lora = self.training, self.lora
+        if training.epochs is None and training.max_steps is None:
+            training = training.model_copy(update={"epochs": 3.0})
+        if training.micro_batch_size is None:
+            training = training.model_copy(update={"micro_batch_size": min(training.batch_size, 8)})
+        if lora.alpha is None:
+            lora = lora.model_copy(update={"alpha": 2.0 * self.rank})
+        return self.model_copy(update={"training": training, "lora": lora})
+
+
+class Failure(BaseModel):
+    reason: Reason
+    message: str
+    hint: str | None
+    yours_to_fix: bool = Field(description="False where the same job may succeed when run again.")
+
+
+class AdapterFile(BaseModel):
+    name: str
+    size: int
+    sha256: str
+
+
+class Adapter(BaseModel):
+    files: list[AdapterFile]
+    size: int
+
+
+class Job(BaseModel):
+    id: str
+    name: str | None
+    labels: dict[str, str]
+    status: Status
+    phase: Phase | None
+    queue_position: int | None = Field(description="Jobs that will start before this one.")
+    step: int
+    total_steps: int | None
+    progress: dict[str, Any] | None
+    attempt: int
+    failure: Failure | None
+    spec: JobCreate = Field(description="The job as asked for, every default written out.")
+    report: dict[str, Any] | None = Field(description="The preflight report on the data.")
+    result: dict[str, Any] | None = Field(description="Held-out loss before and after, and more.")
+    adapter: Adapter | None
+    created_at: datetime
+    updated_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+
+
+class JobPage(BaseModel):
+    items: list[Job]
+    next: str | None = Field(description="Cursor of the next page: pass it as `after`.")
+
+
+class Event(BaseModel):
+    seq: int
+    at: datetime
+    type: str
+    message: str
+    data: dict[str, Any]
+
+
+class EventPage(BaseModel):
+    items: list[Event]
+    next: int | None = Field(description="Pass it as `after` for what comes next.")
+
+
+class Metric(BaseModel):
+    step: int
+    series: Literal["train", "held_out"]
+    data: dict[str, Any]
+
+
+class MetricSeries(BaseModel):
+    items: list[Metric]

@@ -1,0 +1,86 @@
+"""One settings object. Every field is an environment variable with the prefix ``FLATLORA_``."""
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+def split_list(value: object) -> object:
+    """``a,b`` in the environment is a list of two."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return value
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="FLATLORA_", extra="forbid", frozen=True)
+
+    data_dir: Path = Path("flatlora-data")
+    """Database, artifacts, work folders of running jobs and the API key."""
+    database_url: str = ""
+    """Empty: SQLite in the data folder. ``postgresql+psycopg://…`` also works."""
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8321
+    auth: Literal["key", "none"] = "key"
+
+    dataset_roots: Annotated[list[Path], NoDecode] = Field(default_factory=lambda: [Path()])
+    """Folders below which ``file:`` dataset URIs may point."""
+    model_roots: Annotated[list[Path], NoDecode] = Field(default_factory=lambda: [Path()])
+    """Folders below which ``file:`` base models may point."""
+    hub_models: Annotated[list[str], NoDecode] = Field(default_factory=lambda: ["*"])
+    """Hub ids that jobs may name; ``*`` matches any run of characters."""
+
+    max_body_bytes: PositiveInt = 1 << 20
+    max_dataset_bytes: PositiveInt = 4 << 30
+
+    lease_seconds: PositiveFloat = 60
+    heartbeat_seconds: PositiveFloat = 10
+    poll_seconds: PositiveFloat = 0.5
+    """How often an idle dispatcher looks for a queued job."""
+    cancel_grace_seconds: PositiveFloat = 30
+    """How long a trainer may take to stop before it is killed."""
+    drain_grace_seconds: PositiveFloat = 120
+    """How long a trainer may take to write its last checkpoint when the service stops."""
+    max_attempts: PositiveInt = 3
+
+    split_lists = field_validator("dataset_roots", "model_roots", "hub_models", mode="before")(
+        split_list
+    )
+
+    @field_validator("data_dir", mode="after")
+    @classmethod
+    def _resolve_folder(cls, folder: Path) -> Path:
+        return folder.expanduser().resolve()
+
+    @field_validator("dataset_roots", "model_roots", mode="after")
+    @classmethod
+    def _resolve_roots(cls, roots: list[Path]) -> list[Path]:
+        return [root.expanduser().resolve() for root in roots]
+
+    @property
+    def database(self) -> str:
+        return self.database_url or f"sqlite:///{self.data_dir / 'flatlora.db'}"
+
+    @property
+    def artifacts_dir(self) -> Path:
+        return self.data_dir / "artifacts"
+
+    @property
+    def work_dir(self) -> Path:
+        return self.data_dir / "work"
+
+    @property
+    def key_file(self) -> Path:
+        return self.data_dir / "api_key"
+
+    @property
+    def base_url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+
+@lru_cache
+def get_settings() -> Settings:
+    return Settings()

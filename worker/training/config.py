@@ -1,0 +1,140 @@
+"""A job as the trainer sees it: plain values, every default resolved.
+
+This is the one place where a job's record becomes settings of the training code.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """Which model is adapted.
+
+    Attributes:
+        name: As the job named it; goes into ``adapter_config.json``.
+        path: Where it is loaded from: a folder.
+        revision: The commit, for a model of the hub.
+    """
+
+    name: str
+    path: Path
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A fetched dataset.
+
+    Attributes:
+        uri: As the job named it.
+        path: The local copy.
+        filename: The original name; its suffixes tell the format (``rows.jsonl.gz``).
+        sha256: Of the local copy.
+    """
+
+    uri: str
+    path: Path
+    filename: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Shape of the adapter."""
+
+    rank: int
+    alpha: float
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    dropout: float = 0.0
+    rslora: bool = False
+
+
+@dataclass(frozen=True)
+class Data:
+    """How rows are read and rendered."""
+
+    format: Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion"] = "auto"
+    mapping: Mapping[str, str] | None = None
+    max_bad_rows: int = 0
+    max_length: int = 1024
+    loss_on: Literal["assistant", "last_assistant", "all"] = "assistant"
+
+
+@dataclass(frozen=True)
+class Training:
+    """How long and how fast."""
+
+    epochs: float | None = 3.0
+    max_steps: int | None = None
+    batch_size: int = 16
+    micro_batch_size: int = 8
+    learning_rate: float = 2e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    perturbation_memory: Literal["auto", "resident", "streamed"] = "auto"
+    checkpoint_steps: int | None = None
+    max_bad_losses: int = 3
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Which rows are held out, and how often they are looked at."""
+
+    split: float = 0.05
+    max_rows: int = 500
+    every_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """All that determines the adapter."""
+
+    job_id: str
+    base_model: BaseModel
+    dataset: DataFile
+    validation: DataFile | None
+    sigma: float
+    seed: int
+    lora: Lora
+    data: Data
+    training: Training
+    evaluation: Evaluation
+    dry_run: bool = False
+
+    @classmethod
+    def from_record(
+        cls,
+        job_id: str,
+        spec: Mapping[str, Any],
+        base_model: BaseModel,
+        dataset: DataFile,
+        validation: DataFile | None,
+    ) -> "TrainingJob":
+        """Translate a job's resolved ``spec`` (see the HTTP contract) and its fetched inputs."""
+        return cls(
+            job_id=job_id,
+            base_model=base_model,
+            dataset=dataset,
+            validation=validation,
+            sigma=float(spec["sigma"]),
+            seed=spec["seed"],
+            lora=_pick(Lora, {"rank": spec["rank"], **spec["lora"]}),
+            data=_pick(Data, spec["data"]),
+            training=_pick(Training, spec["training"]),
+            evaluation=_pick(Evaluation, spec["evaluation"]),
+            dry_run=spec["dry_run"],
+        )
+
+
+Group = TypeVar("Group", Lora, Data, Training, Evaluation)
+
+
+def _pick(group: type[Group], values: Mapping[str, Any]) -> Group:
+    known = {field.name for field in fields(group)}
+    return group(**{name: value for name, value in values.items() if name in known})
