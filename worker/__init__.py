@@ -1,0 +1,1 @@
+"""Claims jobs, supervises one trainer process each, publishes what it made."""

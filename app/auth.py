@@ -1,0 +1,50 @@
+"""The key that the embedded service asks for (docs/decisions/0003)."""
+
+import os
+import secrets
+from typing import Annotated
+
+from fastapi import Depends, Request
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from app.errors import Unauthenticated
+from app.settings import Settings
+
+bearer = HTTPBearer(auto_error=False, description="The key that `flatlora up` printed at first.")
+
+
+def ensure_key(settings: Settings) -> tuple[str, bool]:
+    """The service's key, and whether it was made just now."""
+    path = settings.key_file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    key = f"flk_{secrets.token_hex(24)}"
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    partial.touch(mode=0o600)
+    partial.write_text(key + "\n")
+    try:
+        os.link(partial, path)  # atomic, and refuses to replace a key that is there
+    except FileExistsError:
+        return path.read_text().strip(), False
+    finally:
+        partial.unlink()
+    return key, True
+
+
+async def require_key(
+    request: Request,
+    given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
+) -> None:
+    expected: str | None = request.state.key
+    if expected is None:
+        return
+    if given is None:
+        raise Unauthenticated(
+            "This service asks for a key.",
+            "Send it as `Authorization: Bearer <key>`. It was printed at the first start and "
+            "lies in the file api_key of the data folder.",
+        )
+    if not secrets.compare_digest(given.credentials.encode(), expected.encode()):
+        raise Unauthenticated(
+            "This is not the key of this service.",
+            "The key lies in the file api_key of the service's data folder.",
+        )

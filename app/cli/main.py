@@ -1,0 +1,93 @@
+"""The ``flatlora`` command."""
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from app import __version__
+from app.cli.jobs import jobs
+from app.cli.output import FAILED, USAGE, fail
+from app.cli.up import run_api, run_up
+from app.settings import get_settings
+
+cli = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tune language models with Flat-LoRA, on your own machine.",
+)
+cli.add_typer(jobs, name="jobs")
+
+
+@cli.command()
+def up() -> None:
+    """Start the whole service here: SQLite, local files, one worker. Ctrl-C stops it."""
+    if find_spec("torch") is None:
+        fail(
+            "this environment has no torch, so no job could be trained here",
+            "Install flatlora[worker], or start the API alone with `flatlora api`.",
+            code=USAGE,
+        )
+    raise typer.Exit(run_up(get_settings()))
+
+
+@cli.command()
+def api() -> None:
+    """Start the HTTP API alone; jobs wait for a worker on the same database."""
+    raise typer.Exit(run_api(get_settings()))
+
+
+@cli.command()
+def validate(
+    dataset: Annotated[Path, typer.Argument(help="A file of rows.")],
+    model: Annotated[
+        Path | None,
+        typer.Option("--base-model", "-m", help="Folder of a base model: its tokenizer"),
+    ] = None,
+    format_: Annotated[str, typer.Option("--format", help="How rows are read.")] = "auto",
+    max_length: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
+    max_bad_rows: Annotated[int, typer.Option(help="Unreadable rows to allow.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check a dataset here, without a service: every row, and how it renders for a model."""
+    if find_spec("transformers") is None:
+        fail(
+            "this environment has no transformers, which reads rows and templates",
+            "Install flatlora[worker], or submit the job with --dry-run.",
+            code=USAGE,
+        )
+    options = {
+        "dataset": str(dataset), "base_model": str(model) if model else None, "format": format_,
+        "max_length": max_length, "max_bad_rows": max_bad_rows, "json": as_json,
+    }  # fmt: skip
+    # The API's package may not import the worker's; a process of its own may.
+    done = subprocess.run(  # noqa: S603 - our own module
+        [sys.executable, "-P", "-m", "worker.validate", json.dumps(options)], check=False
+    )
+    raise typer.Exit(done.returncode)
+
+
+@cli.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(f"flatlora {__version__}")
+
+
+def main() -> None:
+    try:
+        cli()
+    except ValidationError as error:
+        faults = "; ".join(
+            f"FLATLORA_{str(fault['loc'][0]).upper()}: {fault['msg']}" for fault in error.errors()
+        )
+        sys.stderr.write(f"error: the settings are wrong: {faults}\n")
+        sys.exit(FAILED)
+
+
+if __name__ == "__main__":
+    main()

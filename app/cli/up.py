@@ -1,0 +1,160 @@
+"""``flatlora up``: a small parent that starts the API and the dispatcher, and stops both."""
+
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from app.auth import ensure_key
+from app.cli.output import FAILED, OK, err, fail
+from app.migrate import upgrade
+from app.settings import Settings
+
+API = ("api", "app.serve")
+DISPATCHER = ("dispatcher", "worker.dispatcher")
+
+ALREADY_RUNNING = 2  # exit code of a dispatcher that finds its data folder taken
+TURN_SECONDS = 0.2
+STEADY_SECONDS = 30  # a child that has lived so long starts its back-off anew
+MAX_BACKOFF_SECONDS = 30
+API_STOP_SECONDS = 15
+
+
+@dataclass
+class Child:
+    """One process of the service, started again when it dies."""
+
+    name: str
+    module: str
+    process: subprocess.Popen[bytes] | None = None
+    started_at: float = 0
+    backoff: float = 0.5
+    start_at: float = field(default_factory=time.monotonic)
+
+    def start(self) -> None:
+        self.started_at = time.monotonic()
+        self.process = subprocess.Popen(  # noqa: S603 - our own module
+            # -P: a folder called `app` where the service is started must not shadow ours.
+            [sys.executable, "-P", "-m", self.module],
+            stdin=subprocess.PIPE,  # never written to: its end tells the child to leave
+            start_new_session=True,  # Ctrl-C reaches the parent alone, which stops both in order
+        )
+
+    def tend(self) -> int | None:
+        """Start it if it is due. Its exit code, if it has just died."""
+        if self.process is None:
+            if time.monotonic() >= self.start_at:
+                self.start()
+            return None
+        code = self.process.poll()
+        if code is None:
+            return None
+        if time.monotonic() - self.started_at > STEADY_SECONDS:
+            self.backoff = 0.5
+        self.start_at = time.monotonic() + self.backoff
+        self.backoff = min(2 * self.backoff, MAX_BACKOFF_SECONDS)
+        self.process = None
+        return code
+
+    def stop(self, seconds: float) -> None:
+        if self.process is None:
+            return
+        self.process.terminate()
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+
+def run_up(settings: Settings) -> int:
+    return _run(settings, [Child(*API), Child(*DISPATCHER)])
+
+
+def run_api(settings: Settings) -> int:
+    return _run(settings, [Child(*API)])
+
+
+def _run(settings: Settings, children: list[Child]) -> int:
+    check_port(settings)
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    upgrade(settings.database)
+    announce(settings)
+    stopping = threading.Event()
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        if stopping.is_set():  # asked twice: do not wait for a checkpoint
+            for child in children:
+                child.kill()
+        stopping.set()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    code = _tend(children, stopping)
+    _stop(children, settings)
+    return code
+
+
+def _tend(children: list[Child], stopping: threading.Event) -> int:
+    while not stopping.wait(TURN_SECONDS):
+        for child in children:
+            code = child.tend()
+            if code is None:
+                continue
+            if child.name == "dispatcher" and code == ALREADY_RUNNING:
+                return FAILED
+            err.print(f"the {child.name} ended with {code}; starting it again", highlight=False)
+    return OK
+
+
+def _stop(children: list[Child], settings: Settings) -> None:
+    """The dispatcher first: its job writes a checkpoint while the API still answers."""
+    if any(child.process for child in children):
+        err.print("stopping; a running job is brought to a checkpoint (Ctrl-C again: at once)")
+    for child in reversed(children):
+        is_api = child.name == "api"
+        child.stop(API_STOP_SECONDS if is_api else settings.drain_grace_seconds + 10)
+
+
+def check_port(settings: Settings) -> None:
+    """Say that the port is taken before anything is started."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((settings.host, settings.port))
+        except OSError as error:
+            fail(
+                f"cannot listen on {settings.host}:{settings.port}: {error.strerror}",
+                "Is the service running already? Choose another port with FLATLORA_PORT.",
+            )
+
+
+def announce(settings: Settings) -> None:
+    err.print(f"[bold]flatlora[/] on {settings.base_url}  (API pages: {settings.base_url}/docs)")
+    err.print(f"data folder    {settings.data_dir}", highlight=False)
+    err.print(f"datasets below {_folders(settings.dataset_roots)}", highlight=False)
+    err.print(f"models below   {_folders(settings.model_roots)}", highlight=False)
+    if settings.auth == "none":
+        err.print("[yellow]no key is asked for (FLATLORA_AUTH=none)[/]")
+        return
+    key, is_new = ensure_key(settings)
+    if is_new:
+        err.print(
+            f"API key        {key}   (made now, kept in {settings.key_file})", highlight=False
+        )
+    else:
+        err.print(f"API key        in {settings.key_file}", highlight=False)
+
+
+def _folders(roots: list[Path]) -> str:
+    return ", ".join(str(root) for root in roots)

@@ -1,0 +1,225 @@
+"""Taking a job, keeping it, and giving it back: each one fenced statement on its row.
+
+A claim raises the row's fence. Every later write carries that fence and the condition that the
+job is still held; it changes nothing, and raises ``LeaseLost``, once another attempt has begun.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import CursorResult, Engine, func, select, update
+from sqlalchemy.orm import Session
+
+from app.db import now
+from app.jobs.events import event
+from app.jobs.states import Phase, Reason, Status
+from app.tables import JobRow
+
+HELD = [status for status in Status if status.is_held]
+
+
+class LeaseLost(Exception):
+    """Another attempt holds the job, or nobody does: whoever sees this must stop at once."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    job_id: str
+    fence: int
+    attempt: int
+    spec: Mapping[str, Any]
+
+
+class Claims:
+    """One worker's way to the queue."""
+
+    def __init__(
+        self, engine: Engine, worker: str, *, lease_seconds: float, max_attempts: int
+    ) -> None:
+        self._engine = engine.execution_options(writes=True)
+        self._worker = worker
+        self._lease_seconds = lease_seconds
+        self._max_attempts = max_attempts
+
+    def claim_next(self) -> Lease | None:
+        """Take the oldest queued job, if there is one."""
+        oldest = (
+            select(JobRow.id)
+            .where(JobRow.status == Status.QUEUED)
+            .order_by(JobRow.created_at, JobRow.id)
+            .limit(1)
+            .with_for_update(skip_locked=True)
+        )
+        take = (
+            update(JobRow)
+            .where(JobRow.id == oldest.scalar_subquery(), JobRow.status == Status.QUEUED)
+            .values(
+                status=Status.RUNNING,
+                phase=Phase.FETCHING,
+                fence=JobRow.fence + 1,
+                attempt=JobRow.attempt + 1,
+                worker=self._worker,
+                lease_until=now(self._lease_seconds),
+                started_at=func.coalesce(JobRow.started_at, now()),
+                updated_at=now(),
+            )
+            .returning(JobRow.id, JobRow.fence, JobRow.attempt, JobRow.spec)
+        )
+        with Session(self._engine) as session, session.begin():
+            row = session.execute(take).one_or_none()
+            if row is None:
+                return None
+            lease = Lease(row.id, row.fence, row.attempt, row.spec)
+            session.execute(
+                event(lease.job_id, "job.running", f"Attempt {lease.attempt} has begun.")
+            )
+            return lease
+
+    def wish(self, lease: Lease) -> Status:
+        """What the row says now: ``running``, or a wish to cancel or pause."""
+        with Session(self._engine.execution_options(writes=False)) as session:
+            status = session.scalar(select(JobRow.status).where(*self._held(lease)))
+        if status is None:
+            raise LeaseLost(lease.job_id)
+        return Status(status)
+
+    def extend(self, session: Session, lease: Lease, **values: Any) -> Status:
+        """Heartbeat: move the lease on and carry progress out, in the caller's transaction."""
+        statement = (
+            update(JobRow)
+            .where(*self._held(lease))
+            .values(lease_until=now(self._lease_seconds), updated_at=now(), **values)
+            .returning(JobRow.status)
+        )
+        status = session.scalar(statement)
+        if status is None:
+            raise LeaseLost(lease.job_id)
+        return Status(status)
+
+    def transaction(self) -> Session:
+        return Session(self._engine)
+
+    def succeed(
+        self, lease: Lease, *, result: Mapping[str, Any], adapter: Mapping[str, Any] | None
+    ) -> None:
+        message = "The adapter is published." if adapter else "The dry run has ended."
+        self._end(lease, Status.SUCCEEDED, message, result=dict(result), adapter=adapter)
+
+    def fail(self, lease: Lease, reason: Reason, message: str, hint: str | None) -> None:
+        self._end(lease, Status.FAILED, message, reason=reason, message=message, hint=hint)
+
+    def cancel(self, lease: Lease) -> None:
+        self._end(lease, Status.CANCELLED, "The job was cancelled while it ran.")
+
+    def release(self, lease: Lease, why: str) -> None:
+        """Put a drained job back; the attempt does not count."""
+        with self.transaction() as session, session.begin():
+            status = self.extend(session, lease)
+            if status is Status.CANCELLING:
+                self._finish(session, lease, Status.CANCELLED, "The job was cancelled.")
+                return
+            self._requeue(session, lease, why, attempt=JobRow.attempt - 1)
+
+    def lose(self, lease: Lease, reason: Reason, why: str) -> None:
+        """Put a job back whose trainer has died, or fail it after the last attempt."""
+        with self.transaction() as session, session.begin():
+            self._lose(session, lease, reason, why)
+
+    def recover(self) -> int:
+        """Put back what this worker held before it died. The caller knows that it is alone."""
+        with self.transaction() as session, session.begin():
+            held = session.execute(
+                select(JobRow.id, JobRow.fence, JobRow.attempt, JobRow.spec).where(
+                    JobRow.worker == self._worker, JobRow.status.in_(HELD)
+                )
+            ).all()
+        for row in held:
+            # The service died, not the job: the attempt does not count.
+            self.release(
+                Lease(*row), "The service was restarted; the job goes on from its last checkpoint."
+            )
+        return len(held)
+
+    def reap(self) -> int:
+        """Put back every job whose lease has run out."""
+        with self.transaction() as session, session.begin():
+            expired = session.execute(
+                select(JobRow.id, JobRow.fence, JobRow.attempt, JobRow.spec)
+                .where(JobRow.status.in_(HELD), JobRow.lease_until < now())
+                .with_for_update(skip_locked=True)
+            ).all()
+            for row in expired:
+                self._lose(
+                    session, Lease(*row), Reason.WORKER_LOST, "The worker's heartbeat stopped."
+                )
+        return len(expired)
+
+    def _lose(self, session: Session, lease: Lease, reason: Reason, why: str) -> None:
+        status = self.extend(session, lease)
+        if status is Status.CANCELLING:
+            self._finish(session, lease, Status.CANCELLED, "The job was cancelled.")
+        elif lease.attempt >= self._max_attempts:
+            message = f"{why} That was attempt {lease.attempt} of {self._max_attempts}."
+            self._finish(
+                session,
+                lease,
+                Status.FAILED,
+                message,
+                reason=reason,
+                message=message,
+                hint="See the trainer's log on the worker, then submit the job again.",
+            )
+        else:
+            self._requeue(session, lease, why)
+
+    def _requeue(self, session: Session, lease: Lease, why: str, **values: Any) -> None:
+        self._move(
+            session,
+            lease,
+            Status.QUEUED,
+            "job.requeued",
+            why,
+            phase=None,
+            worker=None,
+            lease_until=None,
+            **values,
+        )
+
+    def _end(self, lease: Lease, status: Status, event_message: str, **values: Any) -> None:
+        with self.transaction() as session, session.begin():
+            self._finish(session, lease, status, event_message, **values)
+
+    def _finish(
+        self, session: Session, lease: Lease, status: Status, event_message: str, **values: Any
+    ) -> None:
+        self._move(
+            session,
+            lease,
+            status,
+            f"job.{status}",
+            event_message,
+            phase=None,
+            lease_until=None,
+            finished_at=now(),
+            **values,
+        )
+
+    def _move(
+        self, session: Session, lease: Lease, status: Status, type_: str, why: str, **values: Any
+    ) -> None:
+        statement = (
+            update(JobRow)
+            .where(*self._held(lease))
+            .values(status=status, updated_at=now(), **values)
+        )
+        outcome = session.execute(statement)
+        assert isinstance(outcome, CursorResult)
+        if outcome.rowcount == 0:
+            raise LeaseLost(lease.job_id)
+        data = {"reason": values["reason"]} if "reason" in values else {}
+        session.execute(event(lease.job_id, type_, why, **data))
+
+    @staticmethod
+    def _held(lease: Lease) -> tuple[Any, ...]:
+        return (JobRow.id == lease.job_id, JobRow.fence == lease.fence, JobRow.status.in_(HELD))

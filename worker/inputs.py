@@ -1,0 +1,59 @@
+"""What the trainer is given: a folder with the job's plain description.
+
+<work folder>/<job id>/
+    job.json            the job, its base model's folder, its datasets' copies
+    dataset/            a copy of each dataset, so that a resumed run reads the same bytes
+    checkpoints/        written by the trainer
+    adapter/            the finished adapter
+    trainer.log         what the trainer printed
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from worker.training.config import BaseModel, DataFile, TrainingJob
+
+JOB_FILE = "job.json"
+LOG_FILE = "trainer.log"
+
+
+def write_job(
+    folder: Path,
+    job_id: str,
+    spec: dict[str, Any],
+    base_model: BaseModel,
+    dataset: DataFile,
+    validation: DataFile | None,
+) -> None:
+    """Describe the job to the trainer. Whole or not at all: a torn file is never read."""
+    record = {
+        "job_id": job_id,
+        "spec": spec,
+        "base_model": asdict(base_model),
+        "dataset": asdict(dataset),
+        "validation": asdict(validation) if validation else None,
+    }
+    partial = folder / (JOB_FILE + ".part")
+    partial.write_text(json.dumps(record, default=str, indent=1))
+    partial.rename(folder / JOB_FILE)
+
+
+def read_job(folder: Path) -> TrainingJob:
+    record = json.loads((folder / JOB_FILE).read_text())
+    return TrainingJob.from_record(
+        record["job_id"],
+        record["spec"],
+        base_model=_base_model(record["base_model"]),
+        dataset=_data_file(record["dataset"]),
+        validation=_data_file(record["validation"]) if record["validation"] else None,
+    )
+
+
+def _base_model(values: dict[str, Any]) -> BaseModel:
+    return BaseModel(**{**values, "path": Path(values["path"])})
+
+
+def _data_file(values: dict[str, Any]) -> DataFile:
+    return DataFile(**{**values, "path": Path(values["path"])})

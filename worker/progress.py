@@ -1,0 +1,105 @@
+"""Between the trainer's messages and the job's row: gathered here, written about once a second."""
+
+import threading
+from typing import Any
+
+from sqlalchemy import Insert
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import Session
+
+from app.jobs.events import event
+from app.jobs.states import Phase, Status
+from app.tables import MetricRow
+from worker.claims import Claims, Lease
+from worker.pipe import Message
+
+
+class Progress:
+    """Takes messages from the thread that reads them; ``flush`` writes them from another."""
+
+    def __init__(self, claims: Claims, lease: Lease) -> None:
+        self._claims = claims
+        self._lease = lease
+        self._lock = threading.Lock()
+        self._row: dict[str, Any] = {}
+        self._metrics: list[dict[str, Any]] = []
+        self._events: list[Insert] = []
+
+    def phase(self, phase: Phase) -> None:
+        with self._lock:
+            self._row["phase"] = phase
+
+    def take(self, message: Message) -> None:
+        with self._lock:
+            match message["kind"]:
+                case "phase":
+                    self._row["phase"] = message["name"]
+                case "preflight":
+                    self._row["report"] = message["report"]
+                    self._event("job.preflight", "The dataset was checked.", {})
+                case "step":
+                    self._step(message)
+                case "held_out":
+                    self._held_out(message)
+                case "event":
+                    self._event(message["type"], message["message"], message["data"])
+
+    def flush(self) -> Status:
+        """Extend the lease and write what has gathered. Raises ``LeaseLost``."""
+        with self._lock:
+            row, self._row = self._row, {}
+            metrics, self._metrics = self._metrics, []
+            events, self._events = self._events, []
+        try:
+            with self._claims.transaction() as session, session.begin():
+                status = self._claims.extend(session, self._lease, **row)
+                for metric in metrics:
+                    session.execute(upsert_metric(session, metric))
+                for statement in events:
+                    session.execute(statement)
+        except BaseException:
+            self._put_back(row, metrics, events)
+            raise
+        return status
+
+    @property
+    def is_waiting(self) -> bool:
+        """Something has gathered that the row does not show yet."""
+        return bool(self._row or self._metrics or self._events)
+
+    def _step(self, message: Message) -> None:
+        metrics = message["metrics"]
+        self._row.update(step=message["step"], total_steps=message["total"], progress=metrics)
+        self._metric("train", message["step"], metrics)
+
+    def _held_out(self, message: Message) -> None:
+        step, metrics = message["step"], message["metrics"]
+        self._metric("held_out", step, metrics)
+        text = f"Held-out loss after step {step}: {metrics['loss']:.4f}"
+        self._event("job.evaluated", text, {"step": step, **metrics})
+
+    def _metric(self, series: str, step: int, data: dict[str, Any]) -> None:
+        self._metrics.append(
+            {"job_id": self._lease.job_id, "series": series, "step": step, "data": data}
+        )
+
+    def _event(self, type_: str, text: str, data: dict[str, Any]) -> None:
+        self._events.append(event(self._lease.job_id, type_, text, **data))
+
+    def _put_back(
+        self, row: dict[str, Any], metrics: list[dict[str, Any]], events: list[Insert]
+    ) -> None:
+        with self._lock:
+            self._row = row | self._row
+            self._metrics = metrics + self._metrics
+            self._events = events + self._events
+
+
+def upsert_metric(session: Session, values: dict[str, Any]) -> Insert:
+    """A step that runs again after a resume replaces its row."""
+    is_postgres = session.get_bind().dialect.name == "postgresql"
+    statement = (postgresql.insert if is_postgres else sqlite.insert)(MetricRow).values(**values)
+    return statement.on_conflict_do_update(
+        index_elements=[MetricRow.job_id, MetricRow.series, MetricRow.step],
+        set_={"data": statement.excluded.data},
+    )

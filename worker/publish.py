@@ -1,0 +1,24 @@
+"""Publishing a checked adapter: files under their hashes, then the manifest, once."""
+
+from pathlib import Path
+from typing import Any
+
+from app.storage import ArtifactStore
+
+
+def publish(
+    store: ArtifactStore, job_id: str, folder: Path, result: dict[str, Any]
+) -> dict[str, Any]:
+    """Store ``<folder>/adapter`` and return the manifest ``{job_id, adapter, result}``.
+
+    Where an earlier attempt has written the manifest and then died before the row was set, that
+    manifest is returned: a job has one adapter, whoever finishes it.
+    """
+    paths = sorted((folder / "adapter").iterdir())
+    files = [
+        {"name": path.name, "size": path.stat().st_size, "sha256": store.put_file(path)}
+        for path in paths
+    ]
+    size = sum(path.stat().st_size for path in paths)
+    adapter = {"files": files, "size": size}
+    return store.put_manifest(job_id, {"job_id": job_id, "adapter": adapter, "result": result})

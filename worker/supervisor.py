@@ -1,0 +1,193 @@
+"""One job from its claim to its end, in this process; the training itself runs in another."""
+
+import errno
+import shutil
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.jobs.states import Phase, Reason
+from app.settings import Settings
+from app.storage import ArtifactStore
+from worker.claims import Claims, Lease, LeaseLost
+from worker.fetch import Fetcher
+from worker.inputs import JOB_FILE, LOG_FILE
+from worker.pipe import Message
+from worker.process import Task, TrainerProcess, out_of_memory_kills
+from worker.progress import Progress
+from worker.publish import publish
+from worker.training.errors import JobError
+from worker.watch import Stop, Watch
+
+log = structlog.get_logger()
+
+
+class Interrupted(Exception):
+    """Somebody wanted the job to stop, and the trainer has stopped."""
+
+
+class TrainerDied(Exception):
+    """The trainer ended in a way that nobody asked for."""
+
+    def __init__(self, code: int, reason: Reason) -> None:
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        super().__init__(f"The trainer {how}.")
+        self.reason = reason
+
+
+class ReportedFailure(JobError):
+    """The trainer has said why the job fails."""
+
+    def __init__(self, message: Message) -> None:
+        super().__init__(message["message"], message["hint"])
+        self.failed_for = Reason(message["reason"])
+
+
+class Supervisor:
+    def __init__(
+        self,
+        settings: Settings,
+        claims: Claims,
+        fetcher: Fetcher,
+        store: ArtifactStore,
+        draining: threading.Event,
+    ) -> None:
+        self._settings = settings
+        self._claims = claims
+        self._fetcher = fetcher
+        self._store = store
+        self._draining = draining
+
+    def run(self, lease: Lease) -> None:
+        """Bring the job to an end, or back into the queue. Never raises for the job's own sake."""
+        logger = log.bind(job_id=lease.job_id, attempt=lease.attempt, fence=lease.fence)
+        logger.info("job claimed")
+        try:
+            is_over = self._attempt(lease)
+        except LeaseLost:
+            logger.warning("lease lost: somebody else holds the job now")
+            return
+        logger.info("attempt ended", is_over=is_over)
+        if is_over:
+            self._clear(self._folder(lease))
+
+    def _attempt(self, lease: Lease) -> bool:
+        """Work under the lease and write how that ended. True if the job is over."""
+        progress = Progress(self._claims, lease)
+        with Watch(self._settings, self._claims, lease, progress, self._draining) as watch:
+            try:
+                result, adapter = self._work(lease, progress, watch)
+            except Interrupted:
+                progress.flush()
+                return self._yield_to(watch.stop, lease)
+            except TrainerDied as death:
+                progress.flush()
+                self._claims.lose(lease, death.reason, str(death))
+                return lease.attempt >= self._settings.max_attempts
+            except (SQLAlchemyError, LeaseLost):
+                raise  # nothing can be written now; the lease will run out
+            except Exception as error:
+                progress.flush()
+                self._claims.fail(lease, *explain(error, lease))
+                return True
+            progress.flush()
+            self._claims.succeed(lease, result=result, adapter=adapter)
+            return True
+
+    def _work(
+        self, lease: Lease, progress: Progress, watch: Watch
+    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        folder = self._folder(lease)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._fetcher.fetch(folder, lease.job_id, dict(lease.spec))
+        result = self._run_trainer("train", folder, progress, watch)
+        if result is None:
+            raise TrainerDied(0, Reason.INTERNAL)
+        if lease.spec["dry_run"]:
+            return result, None
+        progress.phase(Phase.PUBLISHING)
+        self._run_trainer("verify", folder, progress, watch)
+        manifest = publish(self._store, lease.job_id, folder, result)
+        return manifest["result"], manifest["adapter"]
+
+    def _run_trainer(
+        self, task: Task, folder: Path, progress: Progress, watch: Watch
+    ) -> dict[str, Any] | None:
+        """Run one trainer process to its end and return the result that it reported."""
+        if watch.stop:
+            raise Interrupted
+        oom_kills = out_of_memory_kills()
+        trainer = TrainerProcess(task, folder)
+        watch.attach(trainer)
+        result, failure = None, None
+        for message in trainer.messages():
+            match message["kind"]:
+                case "result":
+                    result = message["result"]
+                case "failed":
+                    failure = message
+                case _:
+                    progress.take(message)
+        watch.attach(None)
+        code = trainer.wait()
+        if failure:
+            raise ReportedFailure(failure)
+        if code == 0:
+            return result
+        if watch.stop:
+            raise Interrupted
+        starved = code == -signal.SIGKILL and out_of_memory_kills() > oom_kills
+        raise TrainerDied(code, Reason.HOST_OUT_OF_MEMORY if starved else Reason.WORKER_LOST)
+
+    def _yield_to(self, stop: Stop | None, lease: Lease) -> bool:
+        """Do what was wished for. True if that ends the job."""
+        match stop:
+            case Stop.CANCEL:
+                self._claims.cancel(lease)
+            case Stop.MAX_RUNTIME:
+                limit = lease.spec["resources"]["max_runtime"]
+                self._claims.fail(
+                    lease,
+                    Reason.MAX_RUNTIME,
+                    f"The job ran for more than {limit} seconds.",
+                    "Raise resources.max_runtime, or train for fewer steps.",
+                )
+            case Stop.DRAIN:
+                self._claims.release(lease, "The worker stops; the job goes on from a checkpoint.")
+                return False
+            case _:
+                raise LeaseLost(lease.job_id)
+        return True
+
+    def _folder(self, lease: Lease) -> Path:
+        return self._settings.work_dir / lease.job_id
+
+    @staticmethod
+    def _clear(folder: Path) -> None:
+        """Of a job that is over only the description and the log stay on the worker."""
+        for path in folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in {JOB_FILE, LOG_FILE}:
+                path.unlink()
+
+
+def explain(error: Exception, lease: Lease) -> tuple[Reason, str, str | None]:
+    """What the job's author is told: never the text of an error that we do not know."""
+    match error:
+        case ReportedFailure():
+            return error.failed_for, error.message, error.hint
+        case JobError():
+            return Reason(error.reason), error.message, error.hint
+        case OSError(errno=errno.ENOSPC):
+            return (
+                Reason.DISK_FULL,
+                "The worker's disk is full.",
+                "Free some space below the data folder, then submit the job again.",
+            )
+    log.error("attempt failed", job_id=lease.job_id, exc_info=error)
+    return Reason.INTERNAL, "The worker met an error of its own.", "See the worker's log."
