@@ -1,19 +1,19 @@
 """Errors on purpose, and the one place that turns any error into a problem (RFC 9457).
 
-    ServiceError                     status, code, detail, hint, faults
-    ├── Unauthenticated              401  unauthenticated
-    ├── NotFound                     404  not_found
-    │   ├── JobNotFound                   job_not_found
-    │   ├── DatasetNotFound               dataset_not_found
-    │   └── FileNotInAdapter              file_not_in_adapter
-    ├── Conflict                     409
-    │   ├── IllegalTransition             illegal_transition
-    │   └── AdapterNotReady               adapter_not_ready
-    ├── TooLarge                     413  too_large
-    ├── RangeNotSatisfiable          416  range_not_satisfiable
-    ├── InvalidRequest               422  invalid_request
-    │   └── IdempotencyKeyReused          idempotency_key_reused
-    └── NotReady                     503  not_ready
+ServiceError                     status, code, detail, hint, faults
+├── Unauthenticated              401  unauthenticated
+├── NotFound                     404  not_found
+│   ├── JobNotFound                   job_not_found
+│   ├── DatasetNotFound               dataset_not_found
+│   └── FileNotInAdapter              file_not_in_adapter
+├── Conflict                     409
+│   ├── IllegalTransition             illegal_transition
+│   └── AdapterNotReady               adapter_not_ready
+├── TooLarge                     413  too_large
+├── RangeNotSatisfiable          416  range_not_satisfiable
+├── InvalidRequest               422  invalid_request
+│   └── IdempotencyKeyReused          idempotency_key_reused
+└── NotReady                     503  not_ready
 """
 
 from collections.abc import Mapping, Sequence
@@ -145,7 +145,8 @@ class NotReady(ServiceError):
 def problems(*errors: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
     """The ``responses=`` of a route: which of these errors it gives, for the OpenAPI document."""
     found: dict[int | str, list[str]] = {}
-    for error in (Unauthenticated, *errors):
+    listed: list[type[ServiceError]] = [Unauthenticated, *errors]
+    for error in listed:
         found.setdefault(int(error.status), []).append(error.code)
     return {
         status: {

@@ -26,7 +26,11 @@ def configure_logs() -> None:
     last: list[Any] = (
         [structlog.dev.ConsoleRenderer()]
         if is_terminal
-        else [structlog.processors.format_exc_info, blot_secrets, structlog.processors.JSONRenderer()]
+        else [
+            structlog.processors.format_exc_info,
+            blot_secrets,
+            structlog.processors.JSONRenderer(),
+        ]
     )
     structlog.configure(
         processors=[
@@ -39,4 +43,6 @@ def configure_logs() -> None:
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
     )
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s")
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s"
+    )

@@ -43,7 +43,9 @@ def resolve_model_folder(uri: str, roots: Sequence[Path]) -> Path:
     """The folder behind a ``file:`` URI, if a base model can be loaded from it."""
     path = _resolve(uri, roots, setting="FLATLORA_MODEL_ROOTS")
     if path is None or not path.is_dir():
-        raise UriError("base_model_not_found", f"There is no folder {uri}.", "GET /models lists them.")
+        raise UriError(
+            "base_model_not_found", f"There is no folder {uri}.", "GET /models lists them."
+        )
     if not (path / "config.json").is_file():
         raise UriError(
             "base_model_unusable",
@@ -112,7 +114,9 @@ def _path_of(uri: str) -> Path:
     text = unquote(parts.path)
     if parts.scheme != "file" or parts.netloc not in {"", "localhost"} or parts.query or not text:
         raise UriError(
-            "uri_malformed", f"{uri!r} is not a file: URI.", "Write file:rows.jsonl or file:///rows."
+            "uri_malformed",
+            f"{uri!r} is not a file: URI.",
+            "Write file:rows.jsonl or file:///rows.",
         )
     if "\0" in text or parts.fragment:
         raise UriError("uri_malformed", f"{uri!r} holds a character that no path has.")

@@ -220,3 +220,15 @@ class Metric(BaseModel):
 
 class MetricSeries(BaseModel):
     items: list[Metric]
+
+
+# Every field of the body, to suggest one for a misspelt name.
+FIELD_NAMES = sorted(
+    {
+        name
+        for group in (
+            JobCreate, LoraOptions, DataOptions, TrainingOptions, EvaluationOptions, Resources
+        )
+        for name in group.model_fields
+    }
+)  # fmt: skip

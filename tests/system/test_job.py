@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,7 @@ TINY_BASE = EXAMPLES / "tiny-base"
 
 
 def folder_hashes(folder: Path) -> dict[str, str]:
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()
-    }
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
 class TestFinishedJob:
@@ -211,5 +208,5 @@ class TestFailedJob:
         with service.http as http:
             http.post(f"/jobs/{blocker}/cancel")
         job = service.wait_for(job_id, lambda job: job["status"] == "failed", seconds=60)
-        assert job["failure"]["reason"] in {"dataset_unavailable"}
-        assert os.path.basename(uri) in job["failure"]["message"]
+        assert job["failure"]["reason"] == "dataset_unavailable"
+        assert Path(uri).name in job["failure"]["message"]

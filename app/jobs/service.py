@@ -1,0 +1,251 @@
+"""The rules of jobs: what may be submitted, and what may be asked of a job when."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import datetime
+
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.datasets.repository import DatasetRepository
+from app.db import now
+from app.errors import (
+    Fault,
+    IdempotencyKeyReused,
+    IllegalTransition,
+    InvalidRequest,
+    JobNotFound,
+)
+from app.ids import new_id
+from app.jobs.repository import JobFilter, JobRepository
+from app.jobs.schemas import (
+    Adapter,
+    Event,
+    EventPage,
+    Failure,
+    Job,
+    JobCreate,
+    JobPage,
+    Metric,
+    MetricSeries,
+)
+from app.jobs.states import Reason, Status
+from app.settings import Settings
+from app.tables import JobRow
+from app.uris import (
+    UPLOAD_ID,
+    UriError,
+    check_dataset_scheme,
+    check_hub_id,
+    resolve_dataset_file,
+    resolve_model_folder,
+)
+
+
+class JobService:
+    def __init__(self, session: AsyncSession, settings: Settings) -> None:
+        self._session = session
+        self._jobs = JobRepository(session)
+        self._datasets = DatasetRepository(session)
+        self._settings = settings
+
+    async def submit(self, body: JobCreate, key: str | None) -> tuple[Job, bool]:
+        """Accept a job; with the key of an earlier request, return that one's job.
+
+        Returns:
+            The job, and whether the key was seen before.
+        """
+        spec = body.resolved()
+        digest = _digest(spec)
+        if key and (earlier := await self._replay(key, digest)):
+            return earlier, True
+        await self._check(spec)
+        try:
+            async with self._session.begin_nested():
+                row = await self._jobs.add(_new_row(spec))
+                if key:
+                    await self._jobs.remember(key, digest, row.id)
+        except IntegrityError:
+            # The same key in another request, committed a moment ago: its job is the answer.
+            if key and (earlier := await self._replay(key, digest)):
+                return earlier, True
+            raise
+        return (await self._present([row]))[0], False
+
+    async def _replay(self, key: str, digest: str) -> Job | None:
+        known = await self._jobs.remembered(key)
+        if known is None:
+            return None
+        if known.body_sha256 != digest:
+            raise IdempotencyKeyReused(
+                f"The key {key!r} came before with another body.",
+                "Use a new Idempotency-Key for a new job.",
+            )
+        return await self.get(known.job_id)
+
+    async def get(self, job_id: str) -> Job:
+        return (await self._present([await self.row(job_id)]))[0]
+
+    async def row(self, job_id: str) -> JobRow:
+        row = await self._jobs.get(job_id)
+        if row is None:
+            raise JobNotFound(job_id)
+        return row
+
+    async def list(self, wanted: JobFilter, *, limit: int, after: str | None) -> JobPage:
+        place = _place(after) if after else None
+        rows = await self._jobs.page(wanted, limit=limit + 1, after=place)
+        shown = rows[:limit]
+        return JobPage(
+            items=await self._present(shown),
+            next=_cursor(shown[-1]) if len(rows) > limit else None,
+        )
+
+    async def cancel(self, job_id: str) -> Job:
+        await self.row(job_id)
+        await self._jobs.cancel(job_id)
+        row = await self.row(job_id)
+        if row.status not in {Status.CANCELLING, Status.CANCELLED}:
+            raise IllegalTransition(
+                f"The job is {row.status} and cannot be cancelled.",
+                "Only a job that is not over can be cancelled.",
+            )
+        return (await self._present([row]))[0]
+
+    async def events(self, job_id: str, *, after: int, limit: int) -> EventPage:
+        await self.row(job_id)
+        rows = await self._jobs.events(job_id, after=after, limit=limit)
+        items = [Event.model_validate(row, from_attributes=True) for row in rows]
+        return EventPage(items=items, next=items[-1].seq if items else None)
+
+    async def metrics(self, job_id: str, *, since_step: int, series: str | None) -> MetricSeries:
+        await self.row(job_id)
+        rows = await self._jobs.metrics(job_id, since_step=since_step, series=series)
+        return MetricSeries(
+            items=[Metric.model_validate(row, from_attributes=True) for row in rows]
+        )
+
+    async def _check(self, spec: JobCreate) -> None:
+        """Every URI of the job; all that is wrong is said at once."""
+        faults = [
+            *self._check_base_model(spec.base_model),
+            *await self._check_dataset("/dataset_uri", spec.dataset_uri),
+        ]
+        if uri := spec.evaluation.validation_uri:
+            faults += await self._check_dataset("/evaluation/validation_uri", uri)
+        if faults:
+            raise InvalidRequest(
+                " ".join(fault.detail for fault in faults),
+                "GET /models and GET /datasets list what is here.",
+                faults=faults,
+            )
+
+    def _check_base_model(self, name: str) -> Sequence[Fault]:
+        try:
+            if name.startswith("file:"):
+                resolve_model_folder(name, self._settings.model_roots)
+            else:
+                check_hub_id(name, self._settings.hub_models)
+        except UriError as error:
+            return [_fault("/base_model", error)]
+        return []
+
+    async def _check_dataset(self, pointer: str, uri: str) -> Sequence[Fault]:
+        try:
+            check_dataset_scheme(uri)
+            if uri.startswith("file:"):
+                resolve_dataset_file(uri, self._settings.dataset_roots)
+            elif not UPLOAD_ID.fullmatch(uri) or not await self._datasets.get(
+                uri.removeprefix("dataset:")
+            ):
+                raise UriError(
+                    "dataset_not_found", f"There is no {uri}.", "Upload it with POST /datasets."
+                )
+        except UriError as error:
+            return [_fault(pointer, error)]
+        return []
+
+    async def _present(self, rows: Sequence[JobRow]) -> Sequence[Job]:
+        positions = await self._jobs.queue_positions(rows)
+        return [_present(row, positions.get(row.id)) for row in rows]
+
+
+def _new_row(spec: JobCreate) -> JobRow:
+    return JobRow(
+        id=new_id("job"),
+        name=spec.name,
+        labels=spec.labels,
+        base_model=spec.base_model,
+        dataset_uri=spec.dataset_uri,
+        spec=spec.model_dump(mode="json"),
+        status=Status.QUEUED,
+        created_at=now(),
+        updated_at=now(),
+    )
+
+
+def _present(row: JobRow, queue_position: int | None) -> Job:
+    failure = None
+    if row.status == Status.FAILED and row.reason:
+        reason = Reason(row.reason)
+        failure = Failure(
+            reason=reason,
+            message=row.message or "",
+            hint=row.hint,
+            yours_to_fix=reason.is_users_to_fix,
+        )
+    return Job(
+        id=row.id,
+        name=row.name,
+        labels=row.labels,
+        status=Status(row.status),
+        phase=row.phase,
+        queue_position=queue_position,
+        step=row.step,
+        total_steps=row.total_steps,
+        progress=row.progress,
+        attempt=row.attempt,
+        failure=failure,
+        spec=JobCreate.model_validate(row.spec),
+        report=row.report,
+        result=row.result,
+        adapter=Adapter.model_validate(row.adapter) if row.adapter else None,
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+        started_at=row.started_at,
+        finished_at=row.finished_at,
+    )
+
+
+def _fault(pointer: str, error: UriError) -> Fault:
+    detail = f"{error.detail} {error.hint}" if error.hint else error.detail
+    return Fault(pointer=pointer, detail=detail, code=error.code)
+
+
+def _digest(spec: JobCreate) -> str:
+    return hashlib.sha256(
+        json.dumps(spec.model_dump(mode="json"), sort_keys=True).encode()
+    ).hexdigest()
+
+
+def _cursor(row: JobRow) -> str:
+    text = f"{row.created_at.isoformat()} {row.id}"
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def _place(cursor: str) -> tuple[datetime, str]:
+    """The place in the list that a cursor names."""
+    with suppress(ValueError):
+        text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
+        moment, _, job_id = text.partition(" ")
+        created_at = datetime.fromisoformat(moment)
+        if created_at.tzinfo:
+            return created_at, job_id
+    raise InvalidRequest(
+        f"{cursor!r} is not a cursor.",
+        "Pass `next` of an earlier page as it is.",
+        faults=[Fault(pointer="after", detail="not a cursor", code="cursor_malformed")],
+    )

@@ -1,0 +1,25 @@
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+
+class BaseModelInfo(BaseModel):
+    id: str = Field(description="What a job names it by.")
+    source: Literal["folder"]
+    architecture: str | None
+    dtype: str | None
+    max_positions: int | None = Field(description="The longest row that it can read, in tokens.")
+    vocabulary: int | None
+    size_bytes: int
+    has_chat_template: bool = Field(description="Without one it cannot be tuned on conversations.")
+
+
+class Limits(BaseModel):
+    max_rank: int
+    max_sigma: float
+
+
+class ModelList(BaseModel):
+    items: list[BaseModelInfo] = Field(description="Folders below the configured roots.")
+    hub: list[str] = Field(description="Hub ids that may be named; * stands for anything.")
+    limits: Limits
