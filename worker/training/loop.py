@@ -1,0 +1,164 @@
+"""The training loop, whole: one optimizer step of Flat-LoRA is what ``train`` shows.
+
+Everything that a step depends on is a function of the step's number and of ``State``: the rows, the
+learning rate, the strength and the bits of the noise. That is why a run that was killed goes on
+from a checkpoint as if nothing had happened.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from flatlora import sigma_at
+from worker.training.batches import Batch, evaluate, summed_loss
+from worker.training.checkpoints import Checkpoints
+from worker.training.config import Training
+from worker.training.errors import LossDiverged, Stopped
+from worker.training.order import RowOrder, micro_batches
+from worker.training.rendering import Example
+from worker.training.reporter import Control, Reporter
+from worker.training.state import Run, State
+
+LOSSES_KEPT = 50  # points of the curve that goes into the model card
+
+
+def train(
+    run: Run, state: State, checkpoints: Checkpoints, reporter: Reporter, control: Control
+) -> None:
+    """Train from where ``state`` stands to the last step.
+
+    Raises:
+        Stopped: At a step boundary, if ``control`` wishes so.
+        LossDiverged: After ``max_bad_losses`` steps in a row without a finite loss.
+    """
+    settings, order = run.job.training, RowOrder(len(run.train), run.job.training, run.job.seed)
+    evaluate_every = run.job.evaluation.every_steps or max(20, math.ceil(run.total_steps / 4))
+    checkpoint_every = settings.checkpoint_steps or max(10, math.ceil(run.total_steps / 10))
+    pace = Pace(state.step)
+    if not state.held_out:
+        _evaluate(run, state, reporter)
+    run.model.train()
+    while state.step < run.total_steps:
+        if wish := control.wish():
+            if wish == "drain":
+                checkpoints.save(run, state)
+            raise Stopped(wish)
+
+        rows = [run.train[row] for row in order.rows_of(state.step)]
+        learning_rate = learning_rate_at(state.step, run.total_steps, settings)
+        loss, tokens = _forward_backward(run, state.step, rows)
+        grad_norm = nn.utils.clip_grad_norm_(run.parameters, settings.max_grad_norm).item()
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            for group in run.optimizer.param_groups:
+                group["lr"] = learning_rate
+            run.optimizer.step()
+            state.bad_losses = 0
+        else:
+            state.bad_losses += 1
+        run.optimizer.zero_grad(set_to_none=True)
+
+        sigma = sigma_at(state.step, run.total_steps, run.job.sigma)
+        state.step += 1
+        state.tokens += tokens
+        if state.step % math.ceil(run.total_steps / LOSSES_KEPT) == 0:
+            state.losses.append([state.step, loss])
+        reporter.step(
+            state.step,
+            run.total_steps,
+            {
+                "loss": _finite(loss),
+                "learning_rate": learning_rate,
+                "sigma": sigma,
+                "grad_norm": _finite(grad_norm),
+                **pace.after(state.step, run.total_steps, tokens),
+                **_memory(run.device),
+            },
+        )
+        if state.bad_losses >= settings.max_bad_losses:
+            raise LossDiverged(
+                f"The loss was not finite in {state.bad_losses} steps in a row, up to step "
+                f"{state.step} of {run.total_steps}.",
+                "Lower training.learning_rate or sigma, and look at the rows.",
+            )
+        is_last = state.step == run.total_steps
+        if is_last or state.step % evaluate_every == 0:
+            _evaluate(run, state, reporter)
+        if is_last or state.step % checkpoint_every == 0:
+            checkpoints.save(run, state)
+
+
+def _forward_backward(run: Run, step: int, rows: Sequence[Example]) -> tuple[float, int]:
+    """Gradients of the mean loss over all target tokens of the step; the loss, and real tokens.
+
+    The noise is on for exactly this: every forward and backward pass of the step.
+    """
+    targets = sum(example.targets for example in rows)
+    loss, tokens = 0.0, 0
+    with run.flat.perturbed(step):
+        for group in micro_batches(rows, run.job.training.micro_batch_size):
+            batch = Batch.of(group, run.device)
+            share = summed_loss(run.model, batch) / targets
+            share.backward()  # type: ignore[no-untyped-call]
+            loss += share.item()
+            tokens += batch.tokens
+    return loss, tokens
+
+
+def _evaluate(run: Run, state: State, reporter: Reporter) -> None:
+    reporter.phase("evaluating")
+    found = evaluate(run.model, run.held_out, run.job.training.micro_batch_size, run.device)
+    state.held_out.append({"step": state.step, **found})
+    reporter.held_out(state.step, found)
+    reporter.phase("training")
+
+
+def learning_rate_at(step: int, total: int, settings: Training) -> float:
+    """Learning rate of optimizer step ``step``, counted from 0: a linear rise, then the schedule.
+
+    The first step has a rate above 0, and the last one too, so that no step is without effect.
+    """
+    warmup = math.ceil(settings.warmup_ratio * total)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / (warmup + 1)
+    done = (step - warmup) / max(1, total - warmup)
+    match settings.schedule:
+        case "cosine":
+            return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+        case "linear":
+            return settings.learning_rate * (1 - done)
+        case "constant":
+            return settings.learning_rate
+
+
+class Pace:
+    """Tokens per second and the time that is left, from this process's own steps."""
+
+    def __init__(self, step: int) -> None:
+        self._first_step = step
+        self._started = self._last = time.monotonic()
+
+    def after(self, step: int, total: int, tokens: int) -> dict[str, Any]:
+        """The two numbers, now that ``step`` of ``total`` steps are done."""
+        now = time.monotonic()
+        per_step = (now - self._started) / (step - self._first_step)
+        tokens_per_second = tokens / max(now - self._last, 1e-9)
+        self._last = now
+        return {
+            "tokens_per_second": round(tokens_per_second, 1),
+            "eta_seconds": round(per_step * (total - step), 1),
+        }
+
+
+def _finite(value: float) -> float | None:
+    """NaN and infinity are not JSON."""
+    return value if math.isfinite(value) else None
+
+
+def _memory(device: torch.device) -> dict[str, int]:
+    if device.type != "cuda":
+        return {}
+    return {"gpu_memory_bytes": torch.cuda.max_memory_allocated(device)}

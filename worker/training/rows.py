@@ -1,0 +1,264 @@
+"""Reading rows from a file, whatever its type; every bad row keeps its place.
+
+JSONL, a JSON array, CSV and Parquet, each plain, gzipped or compressed with Zstandard. The suffixes
+of the file's name tell the type; where they do not, its first bytes do.
+"""
+
+import csv
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import IO, Any, Literal, cast
+
+import zstandard
+
+from worker.training.config import DataFile
+from worker.training.errors import DatasetInvalid
+
+FileType = Literal["jsonl", "json", "csv", "parquet"]
+
+SUFFIXES: dict[str, FileType] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
+MAX_LINE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row: where it stands in the file (``line 37``) and what it holds."""
+
+    place: str
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be used, and why."""
+
+    place: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.problem}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a file turned out to be."""
+
+    type: FileType
+    compression: str | None
+
+
+def recognise_file(file: DataFile) -> Source:
+    """The type and compression of a file, by its name, else by its first bytes.
+
+    Raises:
+        DatasetInvalid: If the file is empty, or nothing that we read.
+    """
+    suffixes = [suffix.lower() for suffix in _suffixes(file.filename)]
+    compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
+    if compression:
+        suffixes.pop()
+    start = _start_of(file, compression)
+    named = SUFFIXES.get(suffixes[-1]) if suffixes else None
+    return Source(_check_type(named, start, file), compression)
+
+
+def read_rows(file: DataFile, source: Source) -> Iterator[Row | BadRow]:
+    """All rows of a file, in order.
+
+    Raises:
+        DatasetInvalid: If the file as a whole cannot be read (truncated, not its type).
+    """
+    readers: dict[FileType, Callable[[IO[bytes]], Iterator[Row | BadRow]]] = {
+        "jsonl": _read_jsonl,
+        "json": _read_json_array,
+        "csv": _read_csv,
+        "parquet": _read_parquet,
+    }
+    with _open(file, source.compression) as stream:
+        try:
+            yield from readers[source.type](stream)
+        except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
+            raise DatasetInvalid(
+                f"{file.uri} cannot be decompressed: {error}.", "Is the file whole?"
+            ) from error
+
+
+def _suffixes(filename: str) -> list[str]:
+    return ["." + part for part in filename.split(".")[1:]]
+
+
+def _open(file: DataFile, compression: str | None) -> IO[bytes]:
+    if compression == "gzip":
+        return cast(IO[bytes], gzip.open(file.path, "rb"))
+    if compression == "zstd":
+        return cast(IO[bytes], zstandard.open(file.path, "rb"))
+    return file.path.open("rb")
+
+
+def _start_of(file: DataFile, compression: str | None) -> bytes:
+    """The first bytes that are not blank; a byte-order mark counts as blank."""
+    try:
+        with _open(file, compression) as stream:
+            start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise DatasetInvalid(
+            f"{file.uri} is not {compression}: {error}.", "Name the file by what it is."
+        ) from error
+    if not start:
+        raise DatasetInvalid(f"{file.uri} is empty.", "Expected one row at least.")
+    return start
+
+
+def _check_type(named: FileType | None, start: bytes, file: DataFile) -> FileType:
+    """The type that the name claims, where the first bytes allow it."""
+    if start.startswith(b"PAR1"):
+        seen: FileType = "parquet"
+    elif start.startswith(b"["):
+        seen = "json"
+    elif start.startswith(b"{"):
+        seen = "jsonl"
+    else:
+        seen = "csv" if named == "csv" else named or "csv"
+        if named is None:
+            raise DatasetInvalid(
+                f"{file.uri} is none of JSONL, a JSON array, CSV and Parquet by its name and its "
+                "first bytes.",
+                "Name it by its type: .jsonl, .json, .csv or .parquet, plain, .gz or .zst.",
+            )
+    if named == "csv" or named is None or {named, seen} <= {"json", "jsonl"}:
+        return "csv" if named == "csv" else seen
+    if named != seen:
+        raise DatasetInvalid(
+            f"{file.uri} is named as {named} and begins like {seen}.", "Name it by what it is."
+        )
+    return named
+
+
+def _read_jsonl(stream: IO[bytes]) -> Iterator[Row | BadRow]:
+    number = 0
+    while line := stream.readline(MAX_LINE_BYTES + 1):
+        number += 1
+        place = f"line {number}"
+        if len(line) > MAX_LINE_BYTES:
+            yield BadRow(place, f"longer than {MAX_LINE_BYTES:,} bytes")
+            while not line.endswith(b"\n") and (line := stream.readline(MAX_LINE_BYTES)):
+                pass
+            continue
+        if line.strip():
+            yield _parse_line(line, place)
+
+
+def _parse_line(line: bytes, place: str) -> Row | BadRow:
+    try:
+        text = line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        found = f"byte 0x{line[error.start]:02x} at column {error.start + 1}"
+        return BadRow(place, f"not UTF-8: {found}")
+    try:
+        value = _loads(text)
+    except (ValueError, RecursionError) as error:
+        return BadRow(place, _json_problem(error))
+    return _as_row(value, place)
+
+
+def _loads(text: str) -> Any:
+    return json.loads(text, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _json_problem(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg} at column {error.colno}"
+    return "not JSON: nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def _as_row(value: Any, place: str) -> Row | BadRow:
+    if not isinstance(value, dict):
+        return BadRow(place, f"expected an object, found {describe(value)}")
+    return Row(place, value)
+
+
+def _read_json_array(stream: IO[bytes]) -> Iterator[Row | BadRow]:
+    try:
+        values = _loads(stream.read().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise DatasetInvalid(f"The file is not UTF-8: byte {error.start}.", None) from error
+    except (ValueError, RecursionError) as error:
+        line = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
+        raise DatasetInvalid(
+            f"The file is not a JSON array: {_json_problem(error)}{line}.",
+            "One broken row spoils a JSON array; JSONL keeps rows apart.",
+        ) from error
+    if not isinstance(values, list):
+        raise DatasetInvalid(f"Expected an array of rows, found {describe(values)}.", None)
+    for number, value in enumerate(values, 1):
+        yield _as_row(value, f"row {number}")
+
+
+def _read_csv(stream: IO[bytes]) -> Iterator[Row | BadRow]:
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="strict", newline="")
+    reader = csv.DictReader(text, strict=True)
+    end = 1
+    while True:
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DatasetInvalid(
+                f"The CSV file cannot be read after line {end}: {error}.",
+                "Expected UTF-8 with a header line, quotes doubled inside quotes.",
+            ) from error
+        place, end = f"line {end + 1}", reader.line_num
+        if None in values or None in values.values():
+            count = len(reader.fieldnames or ())
+            yield BadRow(place, f"expected {count} fields, as the header has")
+        else:
+            yield Row(place, dict(values))
+
+
+def _read_parquet(stream: IO[bytes]) -> Iterator[Row | BadRow]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(pa.BufferReader(stream.read()))
+        number = 0
+        for batch in table.iter_batches(batch_size=1024):
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(f"row {number}", values)
+    except pa.ArrowException as error:
+        raise DatasetInvalid(f"The Parquet file cannot be read: {error}.", None) from error
+
+
+def describe(value: Any) -> str:
+    """A JSON value in a few words, for an error."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true" if value else "false"
+        case int() | float():
+            return f"the number {value}"
+        case str():
+            return "an empty string" if not value else f"the string {value[:40]!r}"
+        case list():
+            return "an empty list" if not value else f"a list of {len(value)}"
+        case dict():
+            return f"an object with {', '.join(sorted(map(str, value))[:6]) or 'no fields'}"
+    return type(value).__name__

@@ -1,0 +1,108 @@
+"""``flatlora validate``: check a dataset without a service, a database or a GPU.
+
+    python -m worker.validate '{"dataset": "rows.jsonl", "base_model": "folder", …}'
+
+Ends with 0 if every row can be used, 1 if not.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from app.jobs.schemas import JobCreate
+from app.storage import sha256_of
+from worker.training.config import BaseModel, DataFile, TrainingJob
+from worker.training.errors import JobError
+
+out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True)
+
+
+def describe(options: dict[str, Any]) -> TrainingJob:
+    """The job that would be submitted for this file, with the defaults of the HTTP contract."""
+    dataset, model = Path(options["dataset"]), Path(options["base_model"] or "")
+    spec = JobCreate.model_validate(
+        {
+            "base_model": str(model),
+            "dataset_uri": f"file:{dataset}",
+            "data": {name: options[name] for name in ("format", "max_length", "max_bad_rows")},
+        }
+    ).resolved()
+    return TrainingJob.from_record(
+        "validate",
+        spec.model_dump(mode="json"),
+        base_model=BaseModel(name=str(model), path=model),
+        dataset=DataFile(spec.dataset_uri, dataset, dataset.name, sha256_of(dataset)),
+        validation=None,
+    )
+
+
+def check(job: TrainingJob, *, has_model: bool) -> dict[str, Any]:
+    """The preflight report; without a model, only what the rows themselves tell."""
+    from worker.training.dataset import prepare, read
+
+    if has_model:
+        from worker.training.model import load_tokenizer, max_positions
+        from worker.training.rendering import Renderer
+
+        base = job.base_model
+        renderer = Renderer(load_tokenizer(base), job.data.loss_on)
+        return prepare(job, renderer, max_positions(base)).report
+    found = read(job.dataset, job.data)
+    return {
+        "format": {
+            "name": found.format,
+            "file": found.source.type,
+            "compression": found.source.compression,
+        },
+        "rows": {"read": found.rows, "bad": len(found.bad_rows)},
+        "bad_rows": [{"place": row.place, "problem": row.problem} for row in found.bad_rows],
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    from worker.training.dataset import describe_report
+
+    if "tokens" not in report:
+        rows, name = report["rows"], report["format"]["name"]
+        out.print(f"{rows['read']} rows of format {name}, {rows['bad']} bad")
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, text in describe_report(report):
+        table.add_row(f"[dim]{name}[/]", text)
+    out.print(table)
+    out.print("\nthe first row as the model sees it, with what it learns in green:")
+    for segment in report["first_example"]:
+        style = "green" if segment["in_loss"] else "dim"
+        out.print(segment["text"], style=style, markup=False, end="")
+    out.print()
+    for warning in report["warnings"]:
+        err.print(f"[yellow]warning[/]: {warning}")
+
+
+def main() -> int:
+    options = json.loads(sys.argv[1])
+    if not Path(options["dataset"]).is_file():
+        err.print(f"[bold red]error[/]: there is no file {options['dataset']}")
+        return 2
+    job = describe(options)
+    try:
+        report = check(job, has_model=options["base_model"] is not None)
+    except JobError as error:
+        err.print("[bold red]error[/]:", end=" ")
+        err.print(error.message, markup=False)
+        if error.hint:
+            err.print(f"hint: {error.hint}", markup=False)
+        return 1
+    if options["json"]:
+        out.print_json(json.dumps(report))
+    else:
+        show(report)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
