@@ -131,7 +131,8 @@ class Renderer:
 
         try:
             arguments: dict[str, Any] = {**self._tokenizer.special_tokens_map, **options}
-            texts, spans = render_jinja_template(
+            # typed as str upstream, but it returns texts and spans
+            rendered: Any = render_jinja_template(
                 conversations=[messages],
                 tools=conversation.tools,
                 chat_template=self._template,
@@ -143,6 +144,7 @@ class Renderer:
                 f"The chat template refuses a conversation of {roles}: {error}.",
                 "Reorder or drop the turns that this base model's template does not allow.",
             ) from error
+        texts, spans = rendered
         return texts[0], [cast(Span, tuple(span)) for span in spans[0]] if spans else []
 
     def _compare_prefixes(self, conversation: Conversation) -> tuple[str, list[Span]]:

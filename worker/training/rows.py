@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, Any, Literal, cast
 
@@ -98,12 +99,23 @@ def _suffixes(filename: str) -> list[str]:
     return ["." + part for part in filename.split(".")[1:]]
 
 
-def _open(file: DataFile, compression: str | None) -> IO[bytes]:
-    if compression == "gzip":
-        return cast(IO[bytes], gzip.open(file.path, "rb"))
-    if compression == "zstd":
-        return cast(IO[bytes], zstandard.open(file.path, "rb"))
-    return file.path.open("rb")
+@contextmanager
+def _open(file: DataFile, compression: str | None) -> Iterator[IO[bytes]]:
+    """The file's bytes, decompressed as they are read."""
+    with file.path.open("rb") as raw:
+        if compression == "gzip":
+            with gzip.GzipFile(fileobj=raw) as stream:
+                yield cast(IO[bytes], stream)
+        elif compression == "zstd":
+            with io.BufferedReader(_zstd(raw)) as stream:
+                yield stream
+        else:
+            yield raw
+
+
+def _zstd(raw: IO[bytes]) -> io.RawIOBase:
+    reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+    return cast(io.RawIOBase, reader)
 
 
 def _start_of(file: DataFile, compression: str | None) -> bytes:
@@ -211,7 +223,13 @@ def _read_json_array(stream: IO[bytes]) -> Iterator[Row | BadRow]:
 
 def _read_csv(stream: IO[bytes]) -> Iterator[Row | BadRow]:
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="strict", newline="")
-    reader = csv.DictReader(text, strict=True)
+    try:
+        yield from _read_records(csv.DictReader(text, strict=True))
+    finally:
+        text.detach()  # whoever has opened the stream closes it
+
+
+def _read_records(reader: "csv.DictReader[str]") -> Iterator[Row | BadRow]:
     end = 1
     while True:
         try:

@@ -1,0 +1,169 @@
+"""A run that is stopped, killed or robbed of a checkpoint makes the adapter of an unbroken one."""
+
+import random
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from tests.worker.training.conftest import Recorder, folder_bytes
+from worker.inputs import write_job
+from worker.training.config import TrainingJob
+from worker.training.errors import Stopped
+from worker.training.run import run
+
+Make = Callable[..., TrainingJob]
+ROOT = Path(__file__).resolve().parents[3]
+
+
+@pytest.fixture
+def job(make_job: Make) -> TrainingJob:
+    return make_job()
+
+
+@pytest.fixture
+def unbroken(job: TrainingJob, tmp_path: Path) -> dict[str, bytes]:
+    run(job, tmp_path / "unbroken", Recorder(), Recorder())
+    return folder_bytes(tmp_path / "unbroken" / "adapter")
+
+
+def stop_after(job: TrainingJob, folder: Path, step: int) -> None:
+    recorder = Recorder(stop=(step, "drain"))
+    with pytest.raises(Stopped, match="drain"):
+        run(job, folder, recorder, recorder)
+
+
+def finish(job: TrainingJob, folder: Path) -> Recorder:
+    recorder = Recorder()
+    run(job, folder, recorder, recorder)
+    return recorder
+
+
+class TestDrained:
+    @pytest.mark.parametrize("step", range(8))
+    def test_at_any_step_it_goes_on_bit_for_bit(
+        self, job: TrainingJob, unbroken: dict[str, bytes], tmp_path: Path, step: int
+    ) -> None:
+        folder = tmp_path / "drained"
+        stop_after(job, folder, step)
+        resumed = finish(job, folder)
+        assert folder_bytes(folder / "adapter") == unbroken
+        assert [done["step"] for done in resumed.steps] == list(range(step + 1, 9))
+
+    def test_several_times(
+        self, job: TrainingJob, unbroken: dict[str, bytes], tmp_path: Path
+    ) -> None:
+        for step in (1, 3, 6):
+            stop_after(job, tmp_path / "drained", step)
+        finish(job, tmp_path / "drained")
+        assert folder_bytes(tmp_path / "drained" / "adapter") == unbroken
+
+
+class TestKilled:
+    @pytest.mark.slow
+    def test_at_random_moments_it_goes_on_bit_for_bit(
+        self, job: TrainingJob, unbroken: dict[str, bytes], tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "killed"
+        folder.mkdir()
+        settings = asdict(job)
+        spec = {
+            "rank": job.lora.rank, "sigma": job.sigma, "seed": job.seed, "dry_run": False,
+            **{name: settings[name] for name in ("lora", "data", "training", "evaluation")},
+        }  # fmt: skip
+        write_job(folder, job.job_id, spec, job.base_model, job.dataset, None)
+        seed = secrets.randbelow(10**6)
+        chance = random.Random(seed)  # noqa: S311 - not for secrets
+        for _ in range(4):
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.worker.training.killed_run", str(folder), "0.02"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                cwd=ROOT,
+                text=True,
+            )
+            assert process.stdout
+            for _ in range(chance.randrange(1, 4)):
+                process.stdout.readline()
+            try:
+                process.wait(chance.random() * 0.1)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            process.wait()
+            process.stdout.close()
+        finish(job, folder)
+        assert folder_bytes(folder / "adapter") == unbroken, f"seed {seed}"
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "one bit": lambda folder: damage(folder / "adapter.safetensors"),
+    "an empty file": lambda folder: (folder / "optimizer.safetensors").write_bytes(b""),
+    "a missing file": lambda folder: (folder / "random.safetensors").unlink(),
+    "a missing manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "a torn manifest": lambda folder: (folder / "manifest.json").write_text('{"adap'),
+}
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize("name", DAMAGES)
+    def test_a_damaged_one_is_refused_and_the_one_before_is_used(
+        self, job: TrainingJob, unbroken: dict[str, bytes], tmp_path: Path, name: str
+    ) -> None:
+        folder = tmp_path / "damaged"
+        stop_after(job, folder, 5)
+        DAMAGES[name](folder / "checkpoints" / "ckpt-000005")
+        resumed = finish(job, folder)
+        assert folder_bytes(folder / "adapter") == unbroken
+        types = [type_ for type_, _ in resumed.events]
+        assert types[:2] == ["job.checkpoint_refused", "job.resumed"]
+        assert resumed.steps[0]["step"] == 5
+
+    def test_with_all_damaged_it_starts_again(
+        self, job: TrainingJob, unbroken: dict[str, bytes], tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "damaged"
+        stop_after(job, folder, 5)
+        for checkpoint in (folder / "checkpoints").iterdir():
+            damage(checkpoint / "adapter.safetensors")
+        assert finish(job, folder).steps[0]["step"] == 1
+        assert folder_bytes(folder / "adapter") == unbroken
+
+    def test_one_of_other_settings_is_not_used(
+        self, make_job: Make, job: TrainingJob, tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "other"
+        stop_after(job, folder, 5)
+        resumed = finish(make_job(sigma=0.1), folder)
+        assert resumed.steps[0]["step"] == 1
+        assert "other settings" in resumed.events[0][1]
+
+    def test_a_torn_write_is_not_seen(
+        self, job: TrainingJob, unbroken: dict[str, bytes], tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "torn"
+        stop_after(job, folder, 5)
+        checkpoints = folder / "checkpoints"
+        shutil.copytree(checkpoints / "ckpt-000005", checkpoints / "ckpt-000006.tmp")
+        assert finish(job, folder).steps[0]["step"] == 6
+        assert folder_bytes(folder / "adapter") == unbroken
+
+    def test_the_newest_two_are_kept(self, job: TrainingJob, tmp_path: Path) -> None:
+        finish(job, tmp_path)
+        names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+        assert names == ["ckpt-000006", "ckpt-000008"]
+
+    def test_nothing_in_them_is_pickled(self, job: TrainingJob, tmp_path: Path) -> None:
+        finish(job, tmp_path)
+        suffixes = {path.suffix for path in (tmp_path / "checkpoints").rglob("*.*")}
+        assert suffixes == {".safetensors", ".json"}
