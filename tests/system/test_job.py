@@ -21,86 +21,91 @@ def folder_hashes(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
 
 
+@pytest.fixture(scope="module")
+def before() -> dict[str, str]:
+    return folder_hashes(TINY_BASE)
+
+
+@pytest.fixture(scope="module")
+def finished(shared_service: Service, before: dict[str, str]) -> Json:
+    body = {
+        "base_model": f"file:{TINY_BASE}",
+        "dataset_uri": f"file:{EXAMPLES / 'data' / 'train.jsonl'}",
+        "rank": 8,
+        "sigma": 0.05,
+        "data": {"max_length": 192},
+        "training": {"max_steps": 30, "batch_size": 8, "learning_rate": 3e-3},
+        "evaluation": {"validation_uri": f"file:{EXAMPLES / 'data' / 'test.jsonl'}"},
+    }
+    return shared_service.finish(shared_service.submit(body))
+
+
+@pytest.fixture(scope="module")
+def adapter(
+    shared_service: Service, finished: Json, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    with shared_service.http as http:
+        response = http.get(f"/jobs/{finished['id']}/adapter")
+    folder = tmp_path_factory.mktemp("adapter")
+    with tarfile.open(fileobj=io.BytesIO(response.content)) as tar:
+        tar.extractall(folder, filter="data")
+    (inner,) = folder.iterdir()
+    return inner
+
+
 class TestFinishedJob:
-    @pytest.fixture(scope="class")
-    def before(self) -> dict[str, str]:
-        return folder_hashes(TINY_BASE)
-
-    @pytest.fixture(scope="class")
-    def job(self, shared_service: Service, before: dict[str, str]) -> Json:
-        body = {
-            "base_model": f"file:{TINY_BASE}",
-            "dataset_uri": f"file:{EXAMPLES / 'data' / 'train.jsonl'}",
-            "rank": 8,
-            "sigma": 0.05,
-            "data": {"max_length": 192},
-            "training": {"max_steps": 30, "batch_size": 8, "learning_rate": 3e-3},
-            "evaluation": {"validation_uri": f"file:{EXAMPLES / 'data' / 'test.jsonl'}"},
-        }
-        return shared_service.finish(shared_service.submit(body))
-
-    @pytest.fixture(scope="class")
-    def adapter(
-        self, shared_service: Service, job: Json, tmp_path_factory: pytest.TempPathFactory
-    ) -> Path:
-        with shared_service.http as http:
-            response = http.get(f"/jobs/{job['id']}/adapter")
-        folder = tmp_path_factory.mktemp("adapter")
-        with tarfile.open(fileobj=io.BytesIO(response.content)) as tar:
-            tar.extractall(folder, filter="data")
-        (inner,) = folder.iterdir()
-        return inner
-
-    def test_the_held_out_loss_falls(self, job: Json) -> None:
-        held_out = job["result"]["held_out"]
+    def test_the_held_out_loss_falls(self, finished: Json) -> None:
+        held_out = finished["result"]["held_out"]
         assert held_out["after"]["loss"] < held_out["before"]["loss"] - 0.5
 
     def test_the_base_models_files_are_as_they_were(
-        self, job: Json, before: dict[str, str]
+        self, finished: Json, before: dict[str, str]
     ) -> None:
         assert folder_hashes(TINY_BASE) == before
 
-    def test_peft_reproduces_the_held_out_loss(self, job: Json, adapter: Path) -> None:
+    def test_peft_reproduces_the_held_out_loss(self, finished: Json, adapter: Path) -> None:
         base = AutoModelForCausalLM.from_pretrained(TINY_BASE, dtype=torch.float32)
         model = PeftModel.from_pretrained(base, adapter)
         model.eval()
         loss = held_out_loss(model, AutoTokenizer.from_pretrained(adapter))
-        assert loss == pytest.approx(job["result"]["held_out"]["after"]["loss"], abs=1e-4)
+        assert loss == pytest.approx(finished["result"]["held_out"]["after"]["loss"], abs=1e-4)
 
     def test_every_step_is_in_the_metrics_and_sigma_rises(
-        self, shared_service: Service, job: Json
+        self, shared_service: Service, finished: Json
     ) -> None:
         with shared_service.http as http:
-            items = http.get(f"/jobs/{job['id']}/metrics?series=train").json()["items"]
+            items = http.get(f"/jobs/{finished['id']}/metrics?series=train").json()["items"]
         assert [item["step"] for item in items] == list(range(1, 31))
         sigmas = [item["data"]["sigma"] for item in items]
         assert sigmas == sorted(sigmas)
         assert 0 < sigmas[-1] <= 0.05
 
-    def test_the_events_tell_its_life_in_order(self, shared_service: Service, job: Json) -> None:
+    def test_the_events_tell_its_life_in_order(
+        self, shared_service: Service, finished: Json
+    ) -> None:
         with shared_service.http as http:
-            items = http.get(f"/jobs/{job['id']}/events").json()["items"]
+            items = http.get(f"/jobs/{finished['id']}/events").json()["items"]
         assert [item["seq"] for item in items] == list(range(1, len(items) + 1))
         types = [item["type"] for item in items]
         assert types[:3] == ["job.queued", "job.running", "job.preflight"]
         assert types[-1] == "job.succeeded"
 
     def test_single_files_are_those_of_the_archive(
-        self, shared_service: Service, job: Json, adapter: Path
+        self, shared_service: Service, finished: Json, adapter: Path
     ) -> None:
-        assert {file["name"] for file in job["adapter"]["files"]} == {
+        assert {file["name"] for file in finished["adapter"]["files"]} == {
             path.name for path in adapter.iterdir()
         }
         with shared_service.http as http:
-            for file in job["adapter"]["files"]:
-                content = http.get(f"/jobs/{job['id']}/adapter/{file['name']}").content
+            for file in finished["adapter"]["files"]:
+                content = http.get(f"/jobs/{finished['id']}/adapter/{file['name']}").content
                 assert hashlib.sha256(content).hexdigest() == file["sha256"]
                 assert (adapter / file["name"]).read_bytes() == content
 
     def test_nothing_but_its_description_and_log_stays_on_the_worker(
-        self, shared_service: Service, job: Json
+        self, shared_service: Service, finished: Json
     ) -> None:
-        work = shared_service.data_dir / "work" / job["id"]
+        work = shared_service.data_dir / "work" / finished["id"]
         until(lambda: {path.name for path in work.iterdir()} == {"job.json", "trainer.log"})
 
 
