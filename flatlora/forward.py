@@ -8,13 +8,30 @@ there before is back, and none is left behind that was not.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-Forward = Callable[[Tensor], Tensor]
+Product = Callable[[Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class NoisyForward:
+    """The forward of a perturbed layer; its own class, so that a perturbed layer is known as one.
+
+    Attributes:
+        base: The frozen layer; its bias is read at each call, as it may be trained.
+        product: Computes ``x (W + noise)^T + bias`` from ``x`` and ``bias``.
+    """
+
+    base: nn.Module
+    product: Product
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer's output for ``x``."""
+        return self.product(x, getattr(self.base, "bias", None))
 
 
 def linear(
@@ -35,10 +52,10 @@ def linear(
     Returns:
         ``x W^T + bias``.
     """
-    if not transposed or bias is None:
-        return F.linear(x, weight.T if transposed else weight, bias)
-    flat = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)
-    return flat.view(*x.shape[:-1], -1)
+    if not transposed:
+        return nn.functional.linear(x, weight, bias)
+    assert bias is not None
+    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
 
 
 def forward_fault(base: nn.Module) -> str | None:
@@ -47,23 +64,29 @@ def forward_fault(base: nn.Module) -> str | None:
     if kind.forward is not nn.Linear.forward and not _is_conv1d(base):
         name = f"{kind.__module__}.{kind.__qualname__}"
         return f"the base layer is a {name}; expected nn.Linear or transformers' Conv1D"
-    if "forward" in vars(base) and _slot(base) == "forward":
-        return "the base layer's forward was replaced on the instance by other code"
-    return None
+    own = vars(base).get(_slot(base))
+    # accelerate leaves the class's own forward on the instance when it removes a hook
+    if own is None or isinstance(own, NoisyForward) or getattr(own, "__func__", 0) is kind.forward:
+        return None
+    return "the base layer's forward was replaced by other code"
+
+
+def is_perturbed(base: nn.Module) -> bool:
+    """Whether a layer computes with a noisy weight at the moment."""
+    return isinstance(vars(base).get(_slot(base)), NoisyForward)
 
 
 @contextmanager
-def replaced_forward(base: nn.Module, forward: Forward) -> Iterator[None]:
+def replaced_forward(forward: NoisyForward) -> Iterator[None]:
     """Let a layer compute something else inside the block.
 
     Where accelerate has hooked the layer (to move inputs between devices), its hook stays in
     charge and only the original forward behind it is replaced.
 
     Args:
-        base: The frozen layer.
-        forward: What its forward does inside the block.
+        forward: What the layer does inside the block.
     """
-    slot, attributes = _slot(base), vars(base)
+    slot, attributes = _slot(forward.base), vars(forward.base)
     missing = slot not in attributes
     before = attributes.get(slot)
     attributes[slot] = forward
@@ -74,11 +97,6 @@ def replaced_forward(base: nn.Module, forward: Forward) -> Iterator[None]:
             del attributes[slot]
         else:
             attributes[slot] = before
-
-
-def current_forward(base: nn.Module) -> object:
-    """The instance's own forward, or None if it has only that of its class."""
-    return vars(base).get(_slot(base))
 
 
 def _slot(base: nn.Module) -> str:

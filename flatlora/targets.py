@@ -102,12 +102,17 @@ def find_targets(model: nn.Module) -> tuple[Target, ...]:
 
 
 def require_unchanged(targets: tuple[Target, ...]) -> None:
-    """Check before a step that the adapters are still as they were when the targets were found.
+    """Check before a step that the layers are still as they were when the targets were found.
 
     Raises:
-        UnsupportedLayer: If adapters were merged, disabled or switched since; names all layers.
+        UnsupportedLayer: If adapters were merged, disabled or switched since, or a layer's forward
+            was replaced; names all such layers.
     """
-    faults = {t.name: fault for t in targets if (fault := _adapter_fault(t.layer, t.adapter))}
+    faults = {
+        target.name: fault
+        for target in targets
+        if (fault := _adapter_fault(target.layer, target.adapter) or forward_fault(target.base))
+    }
     if faults:
         raise UnsupportedLayer(faults)
 
@@ -124,10 +129,11 @@ def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     root: nn.Module = model if tuner is None else _part(tuner, "model")
     for path, module in root.named_modules():
         # trained token rows are not a low-rank update, and no target
-        if not isinstance(module, BaseTunerLayer) or isinstance(module, TrainableTokensLayer):
-            continue
-        if not isinstance(module, LoraLayer) or _active_adapters(module):
-            yield ".".join(p for p in path.split(".") if p not in _WRAPPERS), module
+        adapted = isinstance(module, BaseTunerLayer) and not isinstance(
+            module, TrainableTokensLayer
+        )
+        if adapted and (not isinstance(module, LoraLayer) or _active_adapters(module)):
+            yield ".".join(part for part in path.split(".") if part not in _WRAPPERS), module
 
 
 def _target(name: str, layer: nn.Module) -> Target:
@@ -152,7 +158,7 @@ def _layer_fault(layer: nn.Module) -> str | None:
     adapters = _active_adapters(layer)
     if len(adapters) > 1:
         return f"{len(adapters)} adapters are active ({', '.join(adapters)}); activate one"
-    return _adapter_fault(layer, adapters[0]) or _base_fault(layer, _part(layer, "base_layer"))
+    return _adapter_fault(layer, adapters[0]) or _base_fault(layer, adapters[0])
 
 
 def _adapter_fault(layer: Any, adapter: str) -> str | None:
@@ -168,21 +174,25 @@ def _adapter_fault(layer: Any, adapter: str) -> str | None:
     return None
 
 
-def _base_fault(layer: Any, base: nn.Module) -> str | None:
+def _base_fault(layer: Any, adapter: str) -> str | None:
     """What about the frozen layer forbids a perturbation, or None."""
+    base = layer.base_layer
     if fault := forward_fault(base):
         return fault
     if "weight" not in base._parameters:
         return "its weight is computed by a parametrization, not stored"
-    weight = _part(base, "weight")
-    if type(weight) is not nn.Parameter:
-        return f"weight is a {type(weight).__name__}; quantised or sharded weights are not supported"
-    return _weight_fault(weight, layer, transposed=not isinstance(base, nn.Linear))
+    if type(base.weight) is not nn.Parameter:
+        kind = type(base.weight).__name__
+        return f"weight is a {kind}; quantised and sharded weights are not supported"
+    if layer.lora_A[adapter].weight.device != base.weight.device:
+        return f"weight is on {base.weight.device}, its adapter is not"
+    return _weight_fault(base.weight, layer, transposed=not isinstance(base, nn.Linear))
 
 
 def _weight_fault(weight: nn.Parameter, layer: Any, *, transposed: bool) -> str | None:
-    shape = (layer.in_features, layer.out_features)
-    shape = shape if transposed else shape[::-1]
+    """What about the stored weight forbids a perturbation, or None."""
+    features = (layer.in_features, layer.out_features)
+    shape = features if transposed else features[::-1]
     if weight.is_meta:
         return "weight is on the meta device (offloaded or not loaded yet)"
     if weight.dtype not in _DTYPES:
@@ -192,9 +202,7 @@ def _weight_fault(weight: nn.Parameter, layer: Any, *, transposed: bool) -> str 
     if weight.requires_grad:
         return "weight requires a gradient; a base weight must be frozen"
     if layer.fan_in_fan_out != transposed:
-        return f"fan_in_fan_out={layer.fan_in_fan_out} does not fit a weight stored as {shape}"
-    if any(p.device != weight.device for name, p in layer.named_parameters() if "lora_" in name):
-        return f"weight is on {weight.device}, its adapter is not"
+        return f"fan_in_fan_out={layer.fan_in_fan_out} contradicts its weight, stored as {shape}"
     return None
 
 

@@ -28,7 +28,10 @@ _MASK = 0xFFFFFFFF
 _PERSON = b"flatlora.noise.1"
 
 Words = tuple[
-    Int64[Tensor, " lanes"], Int64[Tensor, " lanes"], Int64[Tensor, " lanes"], Int64[Tensor, " lanes"]
+    Int64[Tensor, " lanes"],
+    Int64[Tensor, " lanes"],
+    Int64[Tensor, " lanes"],
+    Int64[Tensor, " lanes"],
 ]
 
 

@@ -79,14 +79,14 @@ def _random_words(
 @cache
 def _tables(
     device: torch.device,
-) -> tuple[
-    Float32[Tensor, " levels"], Float32[Tensor, " levels"], Float32[Tensor, " levels"]
-]:
+) -> tuple[Float32[Tensor, " levels"], Float32[Tensor, " levels"], Float32[Tensor, " levels"]]:
     """Box-Muller's radius by the low half word, its cosine and sine by the high one."""
     low = torch.arange(_LEVELS, dtype=torch.float64)
     radius = torch.sqrt(-2.0 * torch.log((low + 0.5) / _LEVELS))
     # One quarter wave, mirrored: so the zeros are exact and every moment that should vanish does.
-    quarter = torch.sin(torch.arange(_LEVELS // 4 + 1, dtype=torch.float64) * (2 * math.pi / _LEVELS))
+    quarter = torch.sin(
+        torch.arange(_LEVELS // 4 + 1, dtype=torch.float64) * (2 * math.pi / _LEVELS)
+    )
     half = torch.cat([quarter[:-1], quarter.flip(0)[:-1]])
     sine = torch.cat([0.0 - half, half])
     cosine = sine.roll(-_LEVELS // 4)

@@ -1,0 +1,102 @@
+"""Flat-LoRA for a training loop."""
+
+from contextlib import AbstractContextManager
+
+import torch.distributed
+from torch import nn
+
+from flatlora.config import FlatLoraConfig
+from flatlora.memory import MemoryMode
+from flatlora.perturbation import Perturbation
+from flatlora.schedule import sigma_at
+from flatlora.targets import Target, find_targets
+
+
+class FlatLora:
+    """Trains a LoRA adapter in a flat region of the full weight space (arXiv 2409.14396).
+
+    Every frozen weight ``W`` that the adapter targets is replaced in the forward and backward
+    passes of a step by ``W + noise``, where row ``i`` of the noise has the standard deviation
+    ``sigma_t / sqrt(n) * ||(W + s B A)_i||_2``. The weight itself is never written to, and the
+    finished adapter is plain LoRA.
+
+    The noise is a pure function of (seed, step, draw, layer name, element): it needs no state in
+    a checkpoint, and a resumed run draws what an unbroken one would have. No global random
+    generator is read or written.
+
+    Example::
+
+        flat = FlatLora(peft_model, FlatLoraConfig(sigma=0.05, seed=42), total_steps=1000)
+        for step, micro_batches in enumerate(loader):
+            with flat.perturbed(step):
+                for batch in micro_batches:
+                    model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    Args:
+        model: A PEFT model with one active LoRA adapter, or a module that contains one.
+        config: Strength, seed and memory mode.
+        total_steps: Number of optimizer steps of the whole run, those before a resume included.
+
+    Attributes:
+        config: As given.
+        total_steps: As given.
+
+    Raises:
+        NoTargets: If the model has no LoRA layer.
+        UnsupportedLayer: If any LoRA layer cannot be perturbed; names all of them.
+        ValueError: If ``total_steps`` is not positive.
+    """
+
+    def __init__(self, model: nn.Module, config: FlatLoraConfig, total_steps: int) -> None:
+        if total_steps < 1:
+            raise ValueError(f"total_steps must be positive, got {total_steps}")
+        self.config = config
+        self.total_steps = total_steps
+        self._perturbation = Perturbation(
+            find_targets(model), seed=config.seed, memory=config.memory
+        )
+
+    @property
+    def targets(self) -> tuple[Target, ...]:
+        """The layers that are perturbed, ordered by name."""
+        return self._perturbation.targets
+
+    @property
+    def memory(self) -> MemoryMode:
+        """How noisy weights are kept; what ``"auto"`` chose."""
+        return self._perturbation.memory
+
+    def perturbed(self, step: int, draw: int | None = None) -> AbstractContextManager[None]:
+        """Perturb the model inside a ``with`` block.
+
+        The block holds the forward and backward passes of one optimizer step, of all its
+        micro-batches. The backward passes belong inside: activation checkpointing runs the forward
+        again there, and must meet the same weights. Evaluation, saving and the optimizer's step
+        belong outside.
+
+        Args:
+            step: Index of the optimizer step, counted from 0 over the whole run.
+            draw: Which of several independent draws. By default the rank in the default process
+                group of ``torch.distributed``, so that data-parallel ranks average over their
+                draws, and 0 without one. Enter the block once per micro-batch with a number of
+                your own to have each drawn anew.
+
+        Returns:
+            A context manager, to be entered once.
+
+        Raises:
+            AlreadyPerturbed: On entering, if the model is perturbed already.
+            UnsupportedLayer: On entering, if adapters were merged, disabled or switched since the
+                engine was built.
+            ValueError: If the step lies outside ``0 <= step < total_steps``, or (on entering) the
+                draw outside ``0 <= draw < 2**32``.
+        """
+        sigma = sigma_at(step, self.total_steps, self.config.sigma)
+        return self._perturbation.applied(sigma, step=step, draw=_rank() if draw is None else draw)
+
+
+def _rank() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if distributed else 0
