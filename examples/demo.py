@@ -61,7 +61,7 @@ def service(port: int) -> Iterator[None]:
         FLATLORA_MODEL_ROOTS=str(EXAMPLES),
     )
     with (FOLDER / "service.log").open("w") as log:
-        up = subprocess.Popen([sys.executable, "-m", "app.cli.main", "up"], stdout=log, stderr=log)  # noqa: S603
+        up = subprocess.Popen([sys.executable, "-m", "app.cli.main", "up"], stdout=log, stderr=log)
     try:
         wait_until_ready(up, port)
         yield
@@ -118,13 +118,45 @@ def compare() -> tuple[list[dict[str, Any]], list[str], list[str]]:
     return rows, before, after
 
 
+def show(
+    job: dict[str, Any], rows: list[dict[str, Any]], before: list[str], after: list[str]
+) -> float:
+    """Print the comparison; the share of test rows that the adapter answers exactly."""
+    from examples.score import exact_match
+
+    table = Table(title="Questions that neither has seen", show_lines=True)
+    for title in ("question", "base model", "with the adapter", "expected"):
+        table.add_column(title, ratio=1, overflow="fold")
+    for row, base, tuned in list(zip(rows, before, after, strict=True))[:SHOWN]:
+        question, expected = (message["content"] for message in row["messages"][-2:])
+        table.add_row(*(text.replace("[", "\\[") for text in (question, base, tuned, expected)))
+    console.print(table)
+
+    references = [row["messages"][-1]["content"] for row in rows]
+    matched = exact_match(before, references), exact_match(after, references)
+    held_out = job["result"]["held_out"]
+    result = Table(title=f"On {len(rows)} held-out rows")
+    for title in ("", "base model", "with the adapter"):
+        result.add_column(title, justify="right")
+    losses = (held_out[when]["loss"] for when in ("before", "after"))
+    result.add_row("held-out loss", *(f"{loss:.4f}" for loss in losses))
+    result.add_row("exact match", *(f"{share:.0%}" for share in matched))
+    console.print(result)
+    return matched[1] - matched[0]
+
+
 def main() -> int:
-    started = time.monotonic()
     console.print("[bold]Flat-LoRA on a tiny model[/]: starting the service …")
     with service(free_port()):
+        started = time.monotonic()
         job = train()
-    trained = time.monotonic()
-    rows, before, after = compare()
+        seconds = time.monotonic() - started
+    gained = show(job, *compare())
+    console.print(f"job {job['id']}: {seconds:.0f} s from POST to download")
+    console.print(f"adapter: {ADAPTER.relative_to(ROOT)}, a plain PEFT folder")
+    if gained <= 0:
+        console.print("[red]The adapter answers no better than the base model.[/]")
+        return 1
     return 0
 
 
