@@ -2,6 +2,7 @@
 
 import os
 import secrets
+from pathlib import Path
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -18,16 +19,23 @@ def ensure_key(settings: Settings) -> tuple[str, bool]:
     path = settings.key_file
     path.parent.mkdir(parents=True, exist_ok=True)
     key = f"flk_{secrets.token_hex(24)}"
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.touch(mode=0o600)
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    partial.touch(mode=0o600, exist_ok=False)
     partial.write_text(key + "\n")
     try:
         os.link(partial, path)  # atomic, and refuses to replace a key that is there
     except FileExistsError:
-        return path.read_text().strip(), False
+        return _read_key(path), False
     finally:
         partial.unlink()
     return key, True
+
+
+def _read_key(path: Path) -> str:
+    key = path.read_text().strip()
+    if not key:
+        raise ValueError(f"{path} is empty: remove it, and a new key is made")
+    return key
 
 
 async def require_key(

@@ -1,44 +1,60 @@
 """Errors on purpose, and the one place that turns any error into a problem (RFC 9457).
 
-ServiceError                     status, code, detail, hint, faults
-├── Unauthenticated              401  unauthenticated
-├── NotFound                     404  not_found
-│   ├── JobNotFound                   job_not_found
-│   ├── DatasetNotFound               dataset_not_found
-│   └── FileNotInAdapter              file_not_in_adapter
-├── Conflict                     409
-│   ├── IllegalTransition             illegal_transition
-│   └── AdapterNotReady               adapter_not_ready
-├── TooLarge                     413  too_large
-├── RangeNotSatisfiable          416  range_not_satisfiable
-├── InvalidRequest               422  invalid_request
-│   └── IdempotencyKeyReused          idempotency_key_reused
-└── NotReady                     503  not_ready
+    ServiceError                     status, code, detail, hint, faults
+    ├── MalformedBody                400  malformed_body
+    ├── Unauthenticated              401  unauthenticated
+    ├── CrossSite                    403  cross_site
+    ├── NotFound                     404  not_found
+    │   ├── JobNotFound                   job_not_found
+    │   ├── DatasetNotFound               dataset_not_found
+    │   └── FileNotInAdapter              file_not_in_adapter
+    ├── MethodNotAllowed             405  method_not_allowed
+    ├── Conflict                     409
+    │   ├── IllegalTransition             illegal_transition
+    │   └── AdapterNotReady               adapter_not_ready
+    ├── TooLarge                     413  too_large
+    ├── UnsupportedMediaType         415  unsupported_media_type
+    ├── RangeNotSatisfiable          416  range_not_satisfiable
+    ├── HostNotAllowed               421  host_not_allowed
+    ├── InvalidRequest               422  invalid_request, or the code of its only fault
+    │   └── IdempotencyKeyReused          idempotency_key_reused
+    └── NotReady                     503  not_ready
+
+What a request's shape has wrong is told by app/faults.py.
 """
 
+import json
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from http import HTTPStatus
 from typing import Any, ClassVar
 
-import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
-log = structlog.get_logger()
+from app.faults import Fault, explain, is_wrong_media_type
 
 MEDIA_TYPE = "application/problem+json"
 
-
-class Fault(BaseModel):
-    """One thing that is wrong with a request."""
-
-    pointer: str = Field(description="JSON pointer into the body, or the name of a parameter.")
-    detail: str
-    code: str
+# Not from http.HTTPStatus: its phrases differ between versions of Python.
+TITLES = {
+    400: "Bad request",
+    401: "Unauthenticated",
+    403: "Forbidden",
+    404: "Not found",
+    405: "Method not allowed",
+    409: "Conflict",
+    413: "Too large",
+    415: "Unsupported media type",
+    416: "Range not satisfiable",
+    421: "Misdirected request",
+    422: "Invalid request",
+    500: "Internal error",
+    503: "Not ready",
+}
 
 
 class Problem(BaseModel):
@@ -50,35 +66,52 @@ class Problem(BaseModel):
     detail: str
     code: str = Field(description="Stable, for programs.")
     hint: str | None = Field(None, description="What to change.")
-    errors: list[Fault] = []
+    errors: list[Fault] = Field([], description="Everything that is wrong, where it is known.")
     instance: str
-    request_id: str
+    request_id: str = Field(description="Also in the header X-Request-ID and in the log.")
 
 
 class ServiceError(Exception):
     """Base of every error that this service raises on purpose."""
 
-    status: ClassVar[HTTPStatus] = HTTPStatus.INTERNAL_SERVER_ERROR
-    code: ClassVar[str] = "internal"
-    headers: ClassVar[Mapping[str, str]] = {}
+    status: ClassVar[int] = 500
+    code: str = "internal"
 
     def __init__(
-        self, detail: str, hint: str | None = None, *, faults: Sequence[Fault] = ()
+        self,
+        detail: str,
+        hint: str | None = None,
+        *,
+        faults: Sequence[Fault] = (),
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(detail)
         self.detail = detail
         self.hint = hint
         self.faults = list(faults)
+        self.headers = dict(headers or {})
+
+
+class MalformedBody(ServiceError):
+    status = 400
+    code = "malformed_body"
 
 
 class Unauthenticated(ServiceError):
-    status = HTTPStatus.UNAUTHORIZED
+    status = 401
     code = "unauthenticated"
-    headers = {"WWW-Authenticate": "Bearer"}
+
+    def __init__(self, detail: str, hint: str) -> None:
+        super().__init__(detail, hint, headers={"WWW-Authenticate": "Bearer"})
+
+
+class CrossSite(ServiceError):
+    status = 403
+    code = "cross_site"
 
 
 class NotFound(ServiceError):
-    status = HTTPStatus.NOT_FOUND
+    status = 404
     code = "not_found"
 
 
@@ -102,8 +135,13 @@ class FileNotInAdapter(NotFound):
     code = "file_not_in_adapter"
 
 
+class MethodNotAllowed(ServiceError):
+    status = 405
+    code = "method_not_allowed"
+
+
 class Conflict(ServiceError):
-    status = HTTPStatus.CONFLICT
+    status = 409
     code = "conflict"
 
 
@@ -116,165 +154,178 @@ class AdapterNotReady(Conflict):
 
 
 class TooLarge(ServiceError):
-    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    status = 413
     code = "too_large"
 
 
+TOO_LARGE_HINT = (
+    "Rows are uploaded with POST /datasets. FLATLORA_MAX_BODY_BYTES and "
+    "FLATLORA_MAX_DATASET_BYTES set the limits."
+)
+
+
+def too_large(limit: int) -> TooLarge:
+    return TooLarge(f"The body is too large: {limit} bytes are taken here.", TOO_LARGE_HINT)
+
+
+class UnsupportedMediaType(ServiceError):
+    status = 415
+    code = "unsupported_media_type"
+
+
 class RangeNotSatisfiable(ServiceError):
-    status = HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE
+    status = 416
     code = "range_not_satisfiable"
+
+    def __init__(self, detail: str, size: int) -> None:
+        super().__init__(detail, headers={"Content-Range": f"bytes */{size}"})
+
+
+class HostNotAllowed(ServiceError):
+    status = 421
+    code = "host_not_allowed"
 
 
 class InvalidRequest(ServiceError):
     """A request whose shape is right and whose content is not."""
 
-    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    status = 422
     code = "invalid_request"
 
+    def __init__(self, detail: str, hint: str | None = None, *, faults: Sequence[Fault]) -> None:
+        super().__init__(detail, hint, faults=faults)
+        codes = {fault.code for fault in faults}
+        if len(codes) == 1:
+            self.code = codes.pop()
 
-class IdempotencyKeyReused(InvalidRequest):
+
+class IdempotencyKeyReused(ServiceError):
+    status = 422
     code = "idempotency_key_reused"
 
 
 class NotReady(ServiceError):
-    status = HTTPStatus.SERVICE_UNAVAILABLE
+    status = 503
     code = "not_ready"
-    headers = {"Retry-After": "5"}
+
+    def __init__(self, detail: str, hint: str) -> None:
+        super().__init__(detail, hint, headers={"Retry-After": "5"})
 
 
-def problems(*errors: type[ServiceError]) -> dict[int | str, dict[str, Any]]:
+Responses = dict[int | str, dict[str, Any]]
+
+
+def problems(*errors: type[ServiceError]) -> Responses:
     """The ``responses=`` of a route: which of these errors it gives, for the OpenAPI document."""
-    found: dict[int | str, list[str]] = {}
-    listed: list[type[ServiceError]] = [Unauthenticated, *errors]
-    for error in listed:
-        found.setdefault(int(error.status), []).append(error.code)
-    return {
-        status: {
-            "description": f"{HTTPStatus(int(status)).phrase}: {', '.join(codes)}",
-            "content": {MEDIA_TYPE: {"schema": Problem.model_json_schema()}},
-        }
-        for status, codes in found.items()
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    found: dict[int, list[str]] = {}
+    for error in errors:
+        found.setdefault(error.status, []).append(error.code)
+    described: Responses = {
+        status: {"description": f"{TITLES[status]}: {', '.join(codes)}", "content": content}
+        for status, codes in sorted(found.items())
     }
+    return {**described, "default": {"description": "Any other problem", "content": content}}
 
 
 def install_error_handlers(app: FastAPI) -> None:
+    """For all but the errors that nobody foresaw: those are caught outside, by RequestLog."""
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_exception)
-    app.add_exception_handler(Exception, _unknown_error)
 
 
 async def _service_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServiceError)
-    return respond(
-        request,
-        error.status,
-        error.code,
-        error.detail,
-        hint=error.hint,
-        faults=error.faults,
-        headers=error.headers,
-    )
+    return respond(request.scope, error)
 
 
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
+    return respond(request.scope, _named(request, error))
+
+
+def _named(request: Request, error: RequestValidationError) -> ServiceError:
     details = error.errors()
-    if any(detail["type"] == "json_invalid" for detail in details):
-        reason = details[0].get("ctx", {}).get("error", "")
-        return respond(
-            request,
-            HTTPStatus.BAD_REQUEST,
-            "malformed_json",
-            f"The body is not JSON: {reason}.",
-            hint="Send one JSON object with Content-Type: application/json.",
+    if details[0]["type"] == "json_invalid":
+        reason, place = details[0]["ctx"]["error"], details[0]["loc"][-1]
+        return MalformedBody(
+            f"The body is not JSON: {reason} at character {place}.",
+            "Send one JSON object with Content-Type: application/json.",
         )
-    faults = [explain_fault(detail) for detail in details]
-    count = "One field is" if len(faults) == 1 else f"{len(faults)} fields are"
-    return respond(
-        request,
-        HTTPStatus.UNPROCESSABLE_ENTITY,
-        "invalid_request",
+    if is_wrong_media_type(details):
+        given = request.headers.get("content-type", "none")
+        return UnsupportedMediaType(
+            f"The body's Content-Type is {given!r}; expected application/json.",
+            "Send one JSON object with Content-Type: application/json.",
+        )
+    asks = any(detail["loc"][0] == "query" for detail in details)
+    faults = explain(details, error.body, _parameters(request) if asks else [])
+    count = "One thing is" if len(faults) == 1 else f"{len(faults)} things are"
+    invalid = InvalidRequest(
         f"{count} not as expected.",
-        hint="Correct what errors[] lists; /docs shows every field.",
+        "Correct what errors[] lists; /docs shows every field.",
         faults=faults,
     )
+    invalid.code = InvalidRequest.code  # pydantic's names for faults are no promise of ours
+    return invalid
+
+
+def _parameters(request: Request) -> list[str]:
+    """The names of the query parameters that the route knows."""
+    operation = _operations(request).get(request.method.lower(), {})
+    found = operation.get("parameters", [])
+    return [parameter["name"] for parameter in found if parameter["in"] == "query"]
 
 
 async def _http_exception(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, HTTPException)
-    status = HTTPStatus(error.status_code)
-    detail, hint = str(error.detail), None
-    match status:
-        case HTTPStatus.NOT_FOUND:
-            detail, hint = f"There is no {request.url.path!r} here.", "The routes are at /docs."
-        case HTTPStatus.METHOD_NOT_ALLOWED:
-            detail = f"{request.url.path!r} does not answer to {request.method}."
-        case HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-            detail, hint = "The body is too large.", "Upload rows with POST /datasets."
-    code = status.phrase.lower().replace(" ", "_").replace("request_entity_", "")
-    return respond(request, status, code, detail, hint=hint, headers=error.headers or {})
+    path = request.url.path
+    named: ServiceError
+    match error.status_code:
+        case 404:
+            named = NotFound(f"There is no {path!r} here.", "The routes are at /docs.")
+        case 405:
+            named = MethodNotAllowed(f"{path!r} does not answer to {request.method}.")
+            named.headers["Allow"] = ", ".join(sorted(_operations(request))).upper()
+        case 413:
+            named = TooLarge(str(error.detail), TOO_LARGE_HINT)
+        case 400:
+            named = MalformedBody(
+                f"The body cannot be read: {error.detail}.", "/docs shows what is expected."
+            )
+        case _:
+            named = ServiceError(str(error.detail))
+    for name, value in (error.headers or {}).items():
+        named.headers.setdefault(name, value)
+    return respond(request.scope, named, status=error.status_code)
 
 
-async def _unknown_error(request: Request, error: Exception) -> JSONResponse:
-    """Logged in full, told in general: an error that we do not know may hold anything."""
-    log.error("unhandled error", path=request.url.path, exc_info=error)
-    return respond(
-        request,
-        HTTPStatus.INTERNAL_SERVER_ERROR,
-        "internal",
-        "The service met an error of its own.",
-        hint="Its log has the details under this request_id.",
-    )
+def _operations(request: Request) -> dict[str, Any]:
+    """What the OpenAPI document says of this route, by method."""
+    path = getattr(request.scope.get("route"), "path", request.url.path)
+    found: dict[str, Any] = request.app.openapi()["paths"].get(path, {})
+    return found
 
 
-def respond(
-    request: Request,
-    status: HTTPStatus,
-    code: str,
-    detail: str,
-    *,
-    hint: str | None = None,
-    faults: Sequence[Fault] = (),
-    headers: Mapping[str, str] | None = None,
-) -> JSONResponse:
-    problem = Problem(
-        title=status.phrase,
-        status=status,
-        detail=detail,
-        code=code,
-        hint=hint,
-        errors=list(faults),
-        instance=request.url.path,
-        request_id=getattr(request.state, "request_id", ""),
-    )
-    return JSONResponse(
-        problem.model_dump(mode="json"), status, headers=dict(headers or {}), media_type=MEDIA_TYPE
-    )
+class _AsciiResponse(JSONResponse):
+    """A problem quotes what it was given, and that may be text that UTF-8 cannot carry."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode()
 
 
-def explain_fault(error: Mapping[str, Any]) -> Fault:
-    """One of pydantic's findings, with what was found beside what was expected."""
-    place, *path = error["loc"]
-    pointer = "".join(f"/{part}" for part in path) if place == "body" else str(error["loc"][-1])
-    detail = str(error["msg"]).removeprefix("Value error, ")
-    match error["type"]:
-        case "extra_forbidden":
-            detail = f"There is no field {path[-1] if path else place!r}." + _closest(error)
-        case "missing":
-            detail = "This field is required."
-        case _ if not isinstance(error.get("input"), dict | list):
-            detail = f"{detail}; found {_shown(error.get('input'))}."
-    return Fault(pointer=pointer, detail=detail, code=error["type"])
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
-
-
-def _closest(error: Mapping[str, Any]) -> str:
-    from app.jobs.schemas import FIELD_NAMES  # the schemas know nothing of errors
-
-    near = get_close_matches(str(error["loc"][-1]), FIELD_NAMES, n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
+def respond(scope: Scope, error: ServiceError, *, status: int | None = None) -> JSONResponse:
+    status = status or error.status
+    problem = {
+        "type": "about:blank",
+        "title": TITLES.get(status) or HTTPStatus(status).phrase,
+        "status": status,
+        "detail": error.detail,
+        "code": error.code,
+        "hint": error.hint,
+        "errors": [fault.model_dump() for fault in error.faults],
+        "instance": scope["path"],
+        "request_id": scope.get("state", {}).get("request_id", ""),
+    }
+    return _AsciiResponse(problem, status, headers=error.headers, media_type=MEDIA_TYPE)

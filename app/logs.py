@@ -8,41 +8,50 @@ from typing import Any
 
 import structlog
 
-SECRET = re.compile(r"(flk_|hf_)[A-Za-z0-9_]+|(?i:bearer)\s+\S+")
+SECRET = re.compile(r"\b(?:flk_|hf_|sk-)[A-Za-z0-9_-]{8,}|(?i:\bbearer)\s+\S+|(?<=://)[^/\s@]+@")
+"""Keys, tokens, and what stands before the @ of a URL."""
 
 
 def blot_secrets(
     _logger: Any, _method: str, event: MutableMapping[str, Any]
 ) -> MutableMapping[str, Any]:
-    return {
-        name: SECRET.sub("[secret]", value) if isinstance(value, str) else value
-        for name, value in event.items()
-    }
+    return {name: _blot(value) for name, value in event.items()}
+
+
+def _blot(value: Any) -> Any:
+    match value:
+        case str():
+            return SECRET.sub("[secret]", value)
+        case dict():
+            return {name: _blot(part) for name, part in value.items()}
+        case list() | tuple():
+            return [_blot(part) for part in value]
+    return value
 
 
 def configure_logs() -> None:
-    """Called once by each process."""
-    is_terminal = sys.stderr.isatty()
-    last: list[Any] = (
-        [structlog.dev.ConsoleRenderer()]
-        if is_terminal
-        else [
-            structlog.processors.format_exc_info,
-            blot_secrets,
-            structlog.processors.JSONRenderer(),
-        ]
-    )
+    """Called once by each process. Libraries that log in the standard way come out alike."""
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,  # to text first: a traceback may hold a secret too
+        blot_secrets,
+    ]
+    renderer: Any = structlog.processors.JSONRenderer(ensure_ascii=False)
+    if sys.stderr.isatty():
+        renderer = structlog.dev.ConsoleRenderer()
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            blot_secrets,
-            *last,
-        ],
+        processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
     )
-    logging.basicConfig(
-        level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(name)s %(message)s"
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[structlog.stdlib.add_logger_name, *shared],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
     )
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)

@@ -10,12 +10,14 @@ from app import __version__, health
 from app.adapters import endpoints as adapters
 from app.auth import ensure_key, require_key
 from app.datasets import endpoints as datasets
+from app.datasets.uploads import forget_broken
 from app.db import Database
 from app.errors import install_error_handlers
 from app.jobs import endpoints as jobs
 from app.logs import configure_logs
-from app.middleware import HostCheck, RequestLog
+from app.middleware import BodyLimit, RequestLog, SameSite
 from app.models import endpoints as models
+from app.openapi import describe
 from app.settings import Settings, get_settings
 from app.storage import ArtifactStore
 
@@ -39,15 +41,17 @@ def create_app(settings: Settings) -> FastAPI:
         database = Database(settings.database)
         key = ensure_key(settings)[0] if settings.auth == "key" else None
         store = ArtifactStore.local(settings.artifacts_dir)
-        yield State(settings=settings, database=database, store=store, key=key)
-        await database.engine.dispose()
+        forget_broken(settings.uploads_dir)
+        try:
+            yield State(settings=settings, database=database, store=store, key=key)
+        finally:
+            await database.engine.dispose()
 
     app = FastAPI(
         title="flatlora",
         description=DESCRIPTION,
         version=__version__,
         lifespan=lifespan,
-        max_body_size=settings.max_body_bytes,
         redirect_slashes=False,
         redoc_url=None,
         telemetry={"tracing": False},
@@ -60,8 +64,12 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(adapters.router, **with_key)
     app.include_router(datasets.router, **with_key)
     app.include_router(models.router, **with_key)
-    app.add_middleware(HostCheck, host=settings.host)
+    app.add_middleware(
+        BodyLimit, bytes=settings.max_body_bytes, upload_bytes=settings.max_upload_bytes
+    )
+    app.add_middleware(SameSite, hosts=settings.hosts)
     app.add_middleware(RequestLog)
+    describe(app)
     return app
 
 

@@ -1,26 +1,35 @@
-"""Around every request: an id, a line in the log, and a check of the Host header."""
+"""Around every request: an id, a line in the log, and what is refused before it is looked at."""
 
-import json
 import re
 import time
 import uuid
-from http import HTTPStatus
-from typing import Any
+from collections.abc import Sequence
 
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import MEDIA_TYPE
+from app.errors import CrossSite, HostNotAllowed, ServiceError, respond, too_large
 
 log = structlog.get_logger()
 
-REQUEST_ID = re.compile(r"[\w.-]{1,64}")
-LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+PORT = re.compile(r":\d*$")
+READING = {"GET", "HEAD", "OPTIONS"}
+UPLOADS = "/datasets"
+PROBES = {"/healthz", "/readyz"}
+INTERNAL = ServiceError(
+    "The service met an error of its own.", "Its log has the details under this request_id."
+)
 
 
 class RequestLog:
-    """Takes the client's ``X-Request-ID`` or makes one, answers with it, and logs under it."""
+    """Takes the client's ``X-Request-ID`` or makes one, answers with it, and logs under it.
+
+    An error that nobody foresaw ends here: it is logged in full and told in general, because it
+    may hold anything.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -44,50 +53,90 @@ class RequestLog:
         with structlog.contextvars.bound_contextvars(request_id=request_id):
             try:
                 await self._app(scope, receive, send_with_id)
+            except Exception:
+                log.exception("unhandled error", path=scope["path"])
+                if status:  # half of an answer has left: only a cut connection tells the client
+                    raise
+                await respond(scope, INTERNAL)(scope, receive, send_with_id)
             finally:
-                log.info(
-                    "request",
-                    method=scope["method"],
-                    path=scope["path"],
-                    status=status,
-                    milliseconds=round(1000 * (time.perf_counter() - started), 1),
-                )
+                _log_request(scope, status, time.perf_counter() - started)
 
 
-class HostCheck:
-    """A service on the loopback answers only to its names.
+def _log_request(scope: Scope, status: int, seconds: float) -> None:
+    write = log.debug if scope["path"] in PROBES else log.info
+    write(
+        "request",
+        method=scope["method"],
+        path=scope["path"],
+        status=status,
+        milliseconds=round(1000 * seconds, 1),
+    )
 
-    A web page can make a name of its own resolve to 127.0.0.1 (DNS rebinding); its requests then
-    come from the user's browser, but still carry that name.
+
+class BodyLimit:
+    """Refuses a body that is too large: at once if it says its size, else when it has grown.
+
+    Not FastAPI's ``max_body_size``: that one sends plain text in place of a problem.
     """
 
-    def __init__(self, app: ASGIApp, host: str) -> None:
+    def __init__(self, app: ASGIApp, bytes: int, upload_bytes: int) -> None:
         self._app = app
-        self._is_checked = host in LOOPBACK
+        self._bytes = bytes
+        self._upload_bytes = upload_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self._is_checked:
-            given = Headers(scope=scope).get("host", "")
-            name = given.rpartition(":")[0] if re.search(r":\d+$", given) else given
-            if name.strip("[]").lower() not in LOOPBACK:
-                await _refuse(scope, send, given)
-                return
-        await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        limit = self._upload_bytes if path == UPLOADS else self._bytes
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isdecimal() and int(declared[:20]) > limit:
+            await respond(scope, too_large(limit))(scope, receive, send)
+            return
+        seen = 0
+
+        async def counting() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > limit:
+                # FastAPI lets no other kind of error out of the reading of a body.
+                raise HTTPException(413, too_large(limit).detail)
+            return message
+
+        await self._app(scope, counting, send)
 
 
-async def _refuse(scope: Scope, send: Send, given: str) -> None:
-    status = HTTPStatus.MISDIRECTED_REQUEST
-    problem: dict[str, Any] = {
-        "type": "about:blank",
-        "title": status.phrase,
-        "status": status,
-        "detail": f"This service does not answer to the host {given!r}.",
-        "code": "host_not_allowed",
-        "hint": "Use localhost or 127.0.0.1; set FLATLORA_HOST to listen on another address.",
-        "errors": [],
-        "instance": scope["path"],
-        "request_id": scope.get("state", {}).get("request_id", ""),
-    }
-    headers = [(b"content-type", MEDIA_TYPE.encode())]
-    await send({"type": "http.response.start", "status": int(status), "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps(problem).encode()})
+class SameSite:
+    """Keeps other web pages out of a service that the user's browser can reach.
+
+    A page can make a name of its own resolve to 127.0.0.1 (DNS rebinding): its requests still
+    carry that name in ``Host``. A page can send a form anywhere: browsers say so in
+    ``Sec-Fetch-Site``.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Sequence[str]) -> None:
+        self._app = app
+        self._hosts = {host.lower() for host in hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        refusal = self._refusal(scope) if scope["type"] == "http" else None
+        if refusal:
+            await respond(scope, refusal)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> ServiceError | None:
+        headers = Headers(scope=scope)
+        host = PORT.sub("", headers.get("host", "").lower())
+        if self._hosts and host not in self._hosts:
+            known = ", ".join(sorted(self._hosts))
+            return HostNotAllowed(
+                f"This service does not answer to the host {host!r}.",
+                f"It answers to {known}; FLATLORA_ALLOWED_HOSTS sets that.",
+            )
+        is_writing = scope["method"] not in READING
+        if is_writing and headers.get("sec-fetch-site") in {"cross-site", "same-site"}:
+            return CrossSite("A web page of another site sent this request.")
+        return None

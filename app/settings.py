@@ -1,11 +1,15 @@
 """One settings object. Every field is an environment variable with the prefix ``FLATLORA_``."""
 
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+LOOPBACK = ["127.0.0.1", "[::1]", "localhost"]
+POSTGRES = re.compile(r"^postgres(ql)?://")  # as hosts of databases write it: without a driver
 
 
 def split_list(value: object) -> object:
@@ -25,6 +29,9 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8321
     auth: Literal["key", "none"] = "key"
+    allowed_hosts: Annotated[list[str], NoDecode] = Field(default_factory=list)
+    """Names that a request's ``Host`` may have. Empty: those of the loopback where the service
+    listens there, any name elsewhere."""
 
     dataset_roots: Annotated[list[Path], NoDecode] = Field(default_factory=lambda: [Path()])
     """Folders below which ``file:`` dataset URIs may point."""
@@ -46,9 +53,9 @@ class Settings(BaseSettings):
     """How long a trainer may take to write its last checkpoint when the service stops."""
     max_attempts: PositiveInt = 3
 
-    split_lists = field_validator("dataset_roots", "model_roots", "hub_models", mode="before")(
-        split_list
-    )
+    split_lists = field_validator(
+        "dataset_roots", "model_roots", "hub_models", "allowed_hosts", mode="before"
+    )(split_list)
 
     @field_validator("data_dir", mode="after")
     @classmethod
@@ -62,7 +69,8 @@ class Settings(BaseSettings):
 
     @property
     def database(self) -> str:
-        return self.database_url or f"sqlite:///{self.data_dir / 'flatlora.db'}"
+        url = self.database_url or f"sqlite:///{self.data_dir / 'flatlora.db'}"
+        return POSTGRES.sub("postgresql+psycopg://", url)
 
     @property
     def artifacts_dir(self) -> Path:
@@ -77,8 +85,28 @@ class Settings(BaseSettings):
         return self.data_dir / "api_key"
 
     @property
+    def max_upload_bytes(self) -> int:
+        """A dataset and what a form puts around it."""
+        return self.max_dataset_bytes + (1 << 16)
+
+    @property
+    def uploads_dir(self) -> Path:
+        return self.data_dir / "uploads"
+
+    @property
+    def hosts(self) -> list[str]:
+        """Names that the service answers to; none: to any."""
+        if self.allowed_hosts or self._url_host not in LOOPBACK:
+            return self.allowed_hosts
+        return LOOPBACK
+
+    @property
     def base_url(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        return f"http://{self._url_host}:{self.port}"
+
+    @property
+    def _url_host(self) -> str:
+        return f"[{self.host}]" if ":" in self.host else self.host
 
 
 @lru_cache

@@ -34,12 +34,19 @@ class ArtifactStore:
         folder.mkdir(parents=True, exist_ok=True)
         return cls(LocalStore(prefix=folder))
 
-    def put_file(self, path: Path) -> str:
-        """Store a file and return its sha256. Storing the same bytes again writes nothing."""
-        digest = sha256_of(path)
+    def put_file(self, path: Path, sha256: str | None = None) -> str:
+        """Store a file and return its sha256, which is computed where the caller does not know it.
+
+        Storing the same bytes again writes nothing.
+        """
+        digest = sha256 or sha256_of(path)
         with suppress(AlreadyExistsError):
             obstore.put(self._store, _blob(digest), path, mode="create")
         return digest
+
+    async def probe(self) -> None:
+        """Raises an error of obstore where nothing can be written."""
+        await obstore.put_async(self._store, "probe", b"")
 
     def put_manifest(self, job_id: str, manifest: dict[str, Any]) -> dict[str, Any]:
         """Write the manifest of a job, or return the one that an earlier attempt has written."""

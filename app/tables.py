@@ -13,6 +13,7 @@ from sqlalchemy import (
     Index,
     MetaData,
     TypeDecorator,
+    UniqueConstraint,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -135,12 +136,13 @@ class MetricRow(Table):
 
 
 class DatasetRow(Table):
-    """An uploaded dataset; its bytes lie in the store under their hash."""
+    """An uploaded dataset; its bytes lie in the store under their hash, once."""
 
     __tablename__ = "datasets"
+    __table_args__ = (UniqueConstraint("sha256", "filename"),)
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    sha256: Mapped[str] = mapped_column(unique=True)
+    sha256: Mapped[str]
     filename: Mapped[str]
     size: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[datetime]

@@ -7,11 +7,18 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 DATASET_SCHEMES = ("file:", "dataset:")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
 UPLOAD_ID = re.compile(r"dataset:ds_[0-9a-f]{32}")
+FILE_URI = re.compile(
+    r"""file:
+    (?://(?:localhost)?(?=/))?                        # no host, or this one
+    (?P<path>(?!//)(?:[^?\#%\x00-\x1f]|%[0-9A-Fa-f]{2})+)""",
+    re.VERBOSE,
+)
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -19,7 +26,7 @@ class UriError(Exception):
     """A URI that cannot be used.
 
     code: uri_malformed, uri_scheme_unsupported, path_not_allowed, dataset_not_found,
-    base_model_not_found or base_model_unusable.
+    base_model_not_found, base_model_unusable or base_model_not_allowed.
     """
 
     def __init__(self, code: str, detail: str, hint: str | None = None) -> None:
@@ -32,10 +39,12 @@ class UriError(Exception):
 def resolve_dataset_file(uri: str, roots: Sequence[Path]) -> Path:
     """The file behind a ``file:`` URI, if it lies below one of the roots."""
     path = _resolve(uri, roots, setting="FLATLORA_DATASET_ROOTS")
-    if path is None or not path.exists():
+    if path is None:
         raise UriError("dataset_not_found", f"There is no file {uri}.", "Check the path.")
     if not path.is_file():
         raise UriError("dataset_not_found", f"{uri} is not a file.", "Name one file of rows.")
+    if not os.access(path, os.R_OK):
+        raise UriError("dataset_not_found", f"The service may not read {uri}.", "Check its rights.")
     return path
 
 
@@ -45,6 +54,10 @@ def resolve_model_folder(uri: str, roots: Sequence[Path]) -> Path:
     if path is None or not path.is_dir():
         raise UriError(
             "base_model_not_found", f"There is no folder {uri}.", "GET /models lists them."
+        )
+    if not os.access(path, os.R_OK | os.X_OK):
+        raise UriError(
+            "base_model_unusable", f"The service may not read {uri}.", "Check its rights."
         )
     if not (path / "config.json").is_file():
         raise UriError(
@@ -64,7 +77,7 @@ def resolve_model_folder(uri: str, roots: Sequence[Path]) -> Path:
 
 def check_hub_id(name: str, allowed: Sequence[str]) -> None:
     """That a name can be a model of the hub, and one that this service may use."""
-    if not HUB_ID.fullmatch(name) or ".." in name:
+    if not HUB_ID.fullmatch(name) or ".." in name or "--" in name:
         raise UriError(
             "base_model_not_found",
             f"{name!r} is neither a hub id nor a file: URI.",
@@ -74,8 +87,8 @@ def check_hub_id(name: str, allowed: Sequence[str]) -> None:
     if not any(re.fullmatch(pattern, name) for pattern in patterns):
         raise UriError(
             "base_model_not_allowed",
-            f"{name} is not among the hub models that this service may use.",
-            "GET /models lists them; FLATLORA_HUB_MODELS sets them.",
+            f"{name} is not among the hub models that this service may use: {_list(allowed)}.",
+            "Add it to FLATLORA_HUB_MODELS, or name another: GET /models lists them.",
         )
 
 
@@ -94,30 +107,34 @@ def _resolve(uri: str, roots: Sequence[Path], *, setting: str) -> Path | None:
     A relative path is looked for below each root in turn.
     """
     path = _path_of(uri)
-    candidates = [path] if path.is_absolute() else [root / path for root in roots]
+    folders = [Path(os.path.realpath(root)) for root in roots]
+    candidates = [path] if path.is_absolute() else [folder / path for folder in folders]
     real = [Path(os.path.realpath(candidate)) for candidate in candidates]
     allowed = [
-        candidate for candidate in real if any(candidate.is_relative_to(root) for root in roots)
+        candidate for candidate in real if any(candidate.is_relative_to(root) for root in folders)
     ]
     if not allowed:
-        folders = ", ".join(str(root) for root in roots)
         raise UriError(
             "path_not_allowed",
-            f"{uri} lies outside the folders that this service may read: {folders}.",
+            f"{uri} lies outside the folders that this service may read: {_list(folders)}.",
             f"Move it below one of them, or add its folder to {setting}.",
         )
-    return next((candidate for candidate in allowed if candidate.exists()), None)
+    # Not Path.exists(): that raises where a name is too long or a folder is closed to us.
+    return next((candidate for candidate in allowed if os.path.exists(candidate)), None)  # noqa: PTH110
 
 
 def _path_of(uri: str) -> Path:
-    parts = urlsplit(uri)
-    text = unquote(parts.path)
-    if parts.scheme != "file" or parts.netloc not in {"", "localhost"} or parts.query or not text:
+    match = FILE_URI.fullmatch(uri)
+    text = unquote(match["path"], errors="surrogateescape") if match else ""
+    if not text or CONTROL.search(text):
         raise UriError(
             "uri_malformed",
-            f"{uri!r} is not a file: URI.",
-            "Write file:rows.jsonl or file:///rows.",
+            f"{uri!r} is not the file: URI of a path on this machine.",
+            "Write file:folder/rows.jsonl or file:///folder/rows.jsonl; the signs ?, # and % in a "
+            "name are written %3F, %23 and %25.",
         )
-    if "\0" in text or parts.fragment:
-        raise UriError("uri_malformed", f"{uri!r} holds a character that no path has.")
     return Path(text)
+
+
+def _list(things: Sequence[object]) -> str:
+    return ", ".join(map(str, things)) or "none"

@@ -8,6 +8,8 @@ as nullable or with a server default, fill them, and only then, a release later,
 
 import sqlalchemy as sa
 from alembic import op
+
+from migrations import limit_waiting
 ${imports if imports else ""}
 revision = ${repr(up_revision)}
 down_revision = ${repr(down_revision)}
@@ -16,8 +18,10 @@ depends_on = None
 
 
 def upgrade() -> None:
+    limit_waiting(lock="5s", statement="60s")
     ${upgrades if upgrades else "pass"}
 
 
 def downgrade() -> None:
+    limit_waiting(lock="5s", statement="60s")
     ${downgrades if downgrades else "pass"}

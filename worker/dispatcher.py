@@ -18,10 +18,10 @@ from types import FrameType
 from typing import IO
 
 import structlog
-from app.logs import configure_logs
 from sqlalchemy.exc import OperationalError
 
 from app.db import make_engine
+from app.logs import configure_logs
 from app.parent import die_with_parent
 from app.settings import Settings, get_settings
 from app.storage import ArtifactStore

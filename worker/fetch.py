@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from app.uris import UriError, resolve_dataset_file, resolve_model_folder
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from app.settings import Settings
 from app.storage import ArtifactStore, sha256_of
 from app.tables import DatasetRow
+from app.uris import UriError, resolve_dataset_file, resolve_model_folder
 from worker.inputs import JOB_FILE, read_job, write_job
 from worker.training.config import BaseModel, DataFile
 from worker.training.errors import BaseModelUnavailable, DatasetUnavailable

@@ -4,7 +4,7 @@ import re
 
 from app.errors import RangeNotSatisfiable
 
-SINGLE = re.compile(r"bytes=(\d*)-(\d*)")
+SINGLE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
 def requested_range(header: str | None, size: int) -> tuple[int, int] | None:
@@ -16,12 +16,14 @@ def requested_range(header: str | None, size: int) -> tuple[int, int] | None:
     if match is None or match.groups() == ("", ""):
         return None
     first, last = match.groups()
-    if first == "":
-        start, end = max(size - int(last), 0), size
-    else:
+    if first and last and int(last) < int(first):
+        return None
+    if first:
         start, end = int(first), min(int(last) + 1, size) if last else size
-        if last and int(last) < int(first):
-            return None
-    if start >= size:
-        raise RangeNotSatisfiable(f"The file has {size} bytes; bytes from {start} were asked for.")
+    else:
+        start, end = max(size - int(last), 0), size
+    if start >= end:
+        raise RangeNotSatisfiable(
+            f"{header} asks for bytes that are not there: the file has {size}.", size
+        )
     return start, end

@@ -3,59 +3,95 @@
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-from fastapi import APIRouter, Depends, Query, Request, Response, UploadFile
-from starlette.datastructures import UploadFile as FormFile
+from fastapi import APIRouter, Depends, Query, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import FormData, UploadFile
 
 from app.datasets.schemas import Dataset, DatasetPage
-from app.datasets.service import DatasetService, Upload, receive
+from app.datasets.service import DatasetService
+from app.datasets.uploads import (
+    SUFFIXES,
+    Upload,
+    check_size,
+    disposition_filename,
+    media_type,
+    receive,
+    safe_filename,
+)
 from app.db import ReadSession, WriteSession
-from app.errors import DatasetNotFound, Fault, InvalidRequest, TooLarge, problems
+from app.errors import (
+    DatasetNotFound,
+    InvalidRequest,
+    TooLarge,
+    Unauthenticated,
+    UnsupportedMediaType,
+    problems,
+)
+from app.faults import Fault
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
 
 CHUNK = 1 << 20
-
-UPLOAD_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file"],
-                    "properties": {"file": {"type": "string", "format": "binary"}},
-                }
-            },
-        },
-    }
+BINARY = {"type": "string", "format": "binary"}
+FORM = {"type": "object", "required": ["file"], "properties": {"file": BINARY}}
+BODY = {
+    "required": True,
+    "content": {
+        **{name: {"schema": BINARY} for name in SUFFIXES},
+        "multipart/form-data": {"schema": FORM},
+    },
 }
 
 
-async def received(
-    request: Request,
-    filename: Annotated[
-        str | None,
-        Query(max_length=1024, description="Its suffix tells the format."),
-    ] = None,
-) -> Upload:
+class ListQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    limit: int = Field(20, ge=1, le=100)
+    after: str | None = Field(
+        None, pattern="^ds_[0-9a-f]{32}$", description="`next` of the page before."
+    )
+
+
+class UploadQuery(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    filename: str | None = Field(
+        None, max_length=1024, description="Its suffix tells the format: `rows.jsonl.gz`."
+    )
+
+
+async def received(request: Request, query: Annotated[UploadQuery, Query()]) -> Upload:
     """The upload, stored, before a transaction is begun."""
-    state = request.state
-    if request.headers.get("content-type", "").startswith("multipart/form-data"):
+    state, headers = request.state, request.headers
+    if headers.get("content-encoding", "identity") != "identity":
+        raise UnsupportedMediaType(
+            "A body with a Content-Encoding is not taken.",
+            "Send a compressed file as it is: filename=rows.jsonl.gz, no Content-Encoding.",
+        )
+    content_type = headers.get("content-type", "")
+    if content_type.startswith("multipart/form-data"):
         async with request.form(max_files=1, max_fields=8) as form:
-            file = form.get("file")
-            if not isinstance(file, FormFile):
-                raise InvalidRequest(
-                    "The form has no part named file.",
-                    "curl -F file=@rows.jsonl …/datasets",
-                    faults=[Fault(pointer="/file", detail="missing", code="missing")],
-                )
-            name = filename or file.filename or ""
+            file = _file_part(form)
+            check_size(file.size or 0, state.settings)
+            name = safe_filename(query.filename or file.filename or "", file.content_type or "")
             return await receive(_chunks(file), name, state.settings, state.store)
-    return await receive(request.stream(), filename or "", state.settings, state.store)
+    given = query.filename or disposition_filename(headers.get("content-disposition", ""))
+    name = safe_filename(given, media_type(content_type))
+    return await receive(request.stream(), name, state.settings, state.store)
 
 
-async def _chunks(file: FormFile | UploadFile) -> AsyncIterator[bytes]:
+def _file_part(form: FormData) -> UploadFile:
+    file = form.get("file")
+    if isinstance(file, UploadFile):
+        return file
+    raise InvalidRequest(
+        "The form has no file in a part named file.",
+        "With curl: -F file=@rows.jsonl",
+        faults=[Fault(pointer="/file", detail="This part is required.", code="file_missing")],
+    )
+
+
+async def _chunks(file: UploadFile) -> AsyncIterator[bytes]:
     while chunk := await file.read(CHUNK):
         yield chunk
 
@@ -63,30 +99,35 @@ async def _chunks(file: FormFile | UploadFile) -> AsyncIterator[bytes]:
 @router.post(
     "",
     status_code=201,
-    responses=problems(InvalidRequest, TooLarge)
-    | {200: {"model": Dataset, "description": "These bytes were here already."}},
-    openapi_extra=UPLOAD_BODY,
+    responses=problems(Unauthenticated, TooLarge, UnsupportedMediaType, InvalidRequest)
+    | {200: {"model": Dataset, "description": "These bytes were here under this name already."}},
+    openapi_extra={"requestBody": BODY},
     summary="Upload a dataset",
 )
 async def create_dataset(
-    upload: Annotated[Upload, Depends(received)], session: WriteSession, response: Response
+    upload: Annotated[Upload, Depends(received)],
+    session: WriteSession,
+    request: Request,
+    response: Response,
 ) -> Dataset:
-    """Raw bytes with `?filename=`, or a form with a part `file`. The same bytes are kept once."""
+    """The file's bytes, or a form with a part `file`. The same bytes are kept once."""
     dataset, is_new = await DatasetService(session).keep(upload)
     response.status_code = 201 if is_new else 200
-    response.headers["Location"] = f"/datasets/{dataset.id}"
+    response.headers["Location"] = f"{request.scope.get('root_path', '')}/datasets/{dataset.id}"
     return dataset
 
 
-@router.get("", summary="List datasets, newest first", responses=problems())
-async def list_datasets(
-    session: ReadSession,
-    limit: Annotated[int, Query(ge=1, le=100)] = 20,
-    after: Annotated[str | None, Query(max_length=64)] = None,
-) -> DatasetPage:
-    return await DatasetService(session).list(limit=limit, after=after)
+@router.get(
+    "", summary="List datasets, newest first", responses=problems(Unauthenticated, InvalidRequest)
+)
+async def list_datasets(session: ReadSession, query: Annotated[ListQuery, Query()]) -> DatasetPage:
+    return await DatasetService(session).list(limit=query.limit, after=query.after)
 
 
-@router.get("/{dataset_id}", summary="Show a dataset", responses=problems(DatasetNotFound))
+@router.get(
+    "/{dataset_id}",
+    summary="Show a dataset",
+    responses=problems(Unauthenticated, DatasetNotFound),
+)
 async def get_dataset(dataset_id: str, session: ReadSession) -> Dataset:
     return await DatasetService(session).get(dataset_id)

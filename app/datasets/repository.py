@@ -1,10 +1,13 @@
 """Every statement on datasets that the API runs."""
 
 from collections.abc import Sequence
+from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import insert, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.db import now
+from app.ids import is_id
 from app.tables import DatasetRow
 
 
@@ -13,16 +16,19 @@ class DatasetRepository:
         self._session = session
 
     async def get(self, dataset_id: str) -> DatasetRow | None:
+        if not is_id(dataset_id, "ds"):
+            return None
         return await self._session.get(DatasetRow, dataset_id)
 
-    async def by_hash(self, sha256: str) -> DatasetRow | None:
-        return await self._session.scalar(select(DatasetRow).where(DatasetRow.sha256 == sha256))
+    async def find(self, sha256: str, filename: str) -> DatasetRow | None:
+        statement = select(DatasetRow).where(
+            DatasetRow.sha256 == sha256, DatasetRow.filename == filename
+        )
+        return await self._session.scalar(statement)
 
-    async def add(self, dataset: DatasetRow) -> DatasetRow:
-        self._session.add(dataset)
-        await self._session.flush()
-        await self._session.refresh(dataset)
-        return dataset
+    async def add(self, **values: Any) -> DatasetRow:
+        statement = insert(DatasetRow).values(created_at=now(), **values)
+        return (await self._session.scalars(statement.returning(DatasetRow))).one()
 
     async def page(self, *, limit: int, after: str | None) -> Sequence[DatasetRow]:
         """Newest first; ids sort by time."""

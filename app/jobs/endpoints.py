@@ -1,22 +1,34 @@
 """The routes of jobs."""
 
-from typing import Annotated, Literal
+import re
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from app.db import ReadSession, WriteSession
 from app.errors import (
-    Fault,
     IdempotencyKeyReused,
     IllegalTransition,
     InvalidRequest,
     JobNotFound,
+    MalformedBody,
     TooLarge,
+    Unauthenticated,
+    UnsupportedMediaType,
     problems,
 )
+from app.faults import Fault
 from app.jobs.repository import JobFilter
-from app.jobs.schemas import EventPage, Job, JobCreate, JobPage, MetricSeries
+from app.jobs.schemas import LABEL_NAME, EventPage, Job, JobCreate, JobPage, MetricSeries
 from app.jobs.service import JobService
 from app.jobs.states import Status
 
@@ -47,59 +59,111 @@ Reading = Annotated[JobService, Depends(reading)]
 Writing = Annotated[JobService, Depends(writing)]
 
 
-class ListQuery(BaseModel):
-    model_config = ConfigDict(extra="allow")
+BIGGEST = 2**31 - 1  # of the integers that both databases keep
 
+PlainText = Annotated[str, Field(max_length=1024, pattern=r"^[^\x00]*$")]
+
+
+def _to_utc(moment: datetime) -> datetime:
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("this moment has no name in UTC") from None
+
+
+class Page(BaseModel):
+    """Query parameters; one that is not known is a mistake."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class ListQuery(Page):
     status: list[Status] = Field([], description="May be repeated.")
-    base_model: str | None = None
-    created_after: AwareDatetime | None = None
+    base_model: PlainText | None = None
+    created_after: Annotated[AwareDatetime, AfterValidator(_to_utc)] | None = Field(
+        None, description="RFC 3339, with its zone."
+    )
     limit: int = Field(20, ge=1, le=100)
     after: str | None = Field(None, max_length=256, description="`next` of the page before.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_labels(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """`label.team=nlp` has a name of the user's; ``label_filters`` reads it."""
+        return {name: value for name, value in values.items() if not name.startswith("label.")}
+
+
+class EventQuery(Page):
+    after: int = Field(0, ge=0, le=BIGGEST, description="Number of the last event seen.")
+    limit: int = Field(100, ge=1, le=1000)
+
+
+class MetricQuery(Page):
+    since_step: int = Field(0, ge=0, le=BIGGEST, description="The first step to show.")
+    series: Literal["train", "held_out"] | None = None
+    limit: int = Field(10_000, ge=2, le=100_000)
 
 
 @router.post(
     "",
     status_code=202,
-    responses=problems(InvalidRequest, IdempotencyKeyReused, TooLarge),
+    responses=problems(
+        MalformedBody,
+        Unauthenticated,
+        TooLarge,
+        UnsupportedMediaType,
+        InvalidRequest,
+        IdempotencyKeyReused,
+    ),
     summary="Submit a job",
 )
 async def create_job(
-    body: JobCreate, jobs: Writing, response: Response, idempotency_key: IdempotencyKey = None
+    body: JobCreate,
+    jobs: Writing,
+    request: Request,
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
 ) -> Job:
     job, is_replay = await jobs.submit(body, idempotency_key)
-    response.headers["Location"] = f"/jobs/{job.id}"
+    response.headers["Location"] = f"{request.scope.get('root_path', '')}/jobs/{job.id}"
     response.headers["Retry-After"] = RETRY_SECONDS[False]
     if is_replay:
         response.headers["Idempotent-Replayed"] = "true"
     return job
 
 
-@router.get("", responses=problems(InvalidRequest), summary="List jobs, newest first")
-async def list_jobs(jobs: Reading, query: Annotated[ListQuery, Query()]) -> JobPage:
+def label_filters(request: Request) -> dict[str, str]:
+    """``label.team=nlp``"""
+    labels = {}
+    for name, value in request.query_params.items():
+        label = name.removeprefix("label.")
+        if label == name:
+            continue
+        if not re.fullmatch(LABEL_NAME, label) or "\0" in value:
+            detail = f"{label!r} is no name of a label, or {value!r} no value of one."
+            fault = Fault(pointer=name, detail=detail, code="label_malformed")
+            raise InvalidRequest(detail, faults=[fault])
+        labels[label] = value
+    return labels
+
+
+@router.get(
+    "", responses=problems(Unauthenticated, InvalidRequest), summary="List jobs, newest first"
+)
+async def list_jobs(
+    jobs: Reading,
+    query: Annotated[ListQuery, Query()],
+    labels: Annotated[dict[str, str], Depends(label_filters)],
+) -> JobPage:
     """Filter by a label with `label.<name>=<value>`."""
     return await jobs.list(
-        JobFilter(query.status, query.base_model, label_filters(query), query.created_after),
+        JobFilter(query.status, query.base_model, labels, query.created_after),
         limit=query.limit,
         after=query.after,
     )
 
 
-def label_filters(query: ListQuery) -> dict[str, str]:
-    """``label.team=nlp`` filters by a label; any other parameter is a mistake."""
-    labels = {}
-    for name, value in (query.model_extra or {}).items():
-        prefix, _, label = name.partition(".")
-        if prefix != "label" or not label:
-            raise InvalidRequest(
-                f"There is no parameter {name!r}.",
-                f"Known are {', '.join(ListQuery.model_fields)} and label.<name>.",
-                faults=[Fault(pointer=name, detail="unknown parameter", code="extra_forbidden")],
-            )
-        labels[label] = str(value)
-    return labels
-
-
-@router.get("/{job_id}", responses=problems(JobNotFound), summary="Show a job")
+@router.get("/{job_id}", responses=problems(Unauthenticated, JobNotFound), summary="Show a job")
 async def get_job(job_id: str, jobs: Reading, response: Response) -> Job:
     job = await jobs.get(job_id)
     if not job.status.is_terminal:
@@ -110,7 +174,7 @@ async def get_job(job_id: str, jobs: Reading, response: Response) -> Job:
 @router.post(
     "/{job_id}/cancel",
     status_code=202,
-    responses=problems(JobNotFound, IllegalTransition),
+    responses=problems(Unauthenticated, JobNotFound, IllegalTransition),
     summary="Cancel a job",
 )
 async def cancel_job(job_id: str, jobs: Writing) -> Job:
@@ -118,22 +182,26 @@ async def cancel_job(job_id: str, jobs: Writing) -> Job:
     return await jobs.cancel(job_id)
 
 
-@router.get("/{job_id}/events", responses=problems(JobNotFound), summary="What happened to a job")
+@router.get(
+    "/{job_id}/events",
+    responses=problems(Unauthenticated, JobNotFound, InvalidRequest),
+    summary="What happened to a job",
+)
 async def list_events(
-    job_id: str,
-    jobs: Reading,
-    after: Annotated[int, Query(ge=0, description="Number of the last event seen.")] = 0,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    job_id: str, jobs: Reading, query: Annotated[EventQuery, Query()]
 ) -> EventPage:
-    return await jobs.events(job_id, after=after, limit=limit)
+    return await jobs.events(job_id, after=query.after, limit=query.limit)
 
 
-@router.get("/{job_id}/metrics", responses=problems(JobNotFound), summary="A job's curves")
+@router.get(
+    "/{job_id}/metrics",
+    responses=problems(Unauthenticated, JobNotFound, InvalidRequest),
+    summary="A job's curves",
+)
 async def list_metrics(
-    job_id: str,
-    jobs: Reading,
-    since_step: Annotated[int, Query(ge=0)] = 0,
-    series: Literal["train", "held_out"] | None = None,
+    job_id: str, jobs: Reading, query: Annotated[MetricQuery, Query()]
 ) -> MetricSeries:
     """`train`: loss, learning_rate, sigma, grad_norm and more. `held_out`: loss and accuracy."""
-    return await jobs.metrics(job_id, since_step=since_step, series=series)
+    return await jobs.metrics(
+        job_id, since_step=query.since_step, series=query.series, limit=query.limit
+    )

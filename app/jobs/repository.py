@@ -5,13 +5,21 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, func, or_, select, tuple_, update
+from sqlalchemy import Select, case, func, insert, or_, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.db import now
+from app.ids import is_id
 from app.jobs.events import event
-from app.jobs.states import Status
+from app.jobs.states import Status, may_move
 from app.tables import EventRow, IdempotencyRow, JobRow, MetricRow
+
+WAITING = [s for s in Status if may_move(s, Status.CANCELLED) and not s.is_held]
+STOPPABLE = [s for s in Status if may_move(s, Status.CANCELLING)]
+CANCEL_MESSAGES = {
+    Status.CANCELLED: "The job was cancelled before it ran.",
+    Status.CANCELLING: "The trainer was asked to stop.",
+}
 
 
 @dataclass(frozen=True)
@@ -28,14 +36,15 @@ class JobRepository:
     def __init__(self, session: AsyncSession) -> None:
         self._session = session
 
-    async def add(self, job: JobRow) -> JobRow:
-        self._session.add(job)
-        await self._session.flush()
+    async def add(self, **values: Any) -> JobRow:
+        statement = insert(JobRow).values(created_at=now(), updated_at=now(), **values)
+        job = (await self._session.scalars(statement.returning(JobRow))).one()
         await self._session.execute(event(job.id, "job.queued", "The job was accepted."))
-        await self._session.refresh(job)
         return job
 
     async def get(self, job_id: str) -> JobRow | None:
+        if not is_id(job_id, "job"):
+            return None
         return await self._session.get(JobRow, job_id, populate_existing=True)
 
     async def page(
@@ -66,25 +75,23 @@ class JobRepository:
         return positions
 
     async def cancel(self, job_id: str) -> None:
-        """Two moves, at most one of which finds its row; none for a job that is over."""
-        waiting = await self._move(
-            job_id, (Status.QUEUED, Status.PAUSED), status=Status.CANCELLED, finished_at=now()
-        )
-        if waiting:
-            await self._session.execute(event(job_id, "job.cancelled", "The job was cancelled."))
-        elif await self._move(job_id, (Status.RUNNING, Status.PAUSING), status=Status.CANCELLING):
-            await self._session.execute(
-                event(job_id, "job.cancelling", "The trainer was asked to stop.")
-            )
-
-    async def _move(self, job_id: str, origins: Sequence[Status], **values: Any) -> bool:
+        """One statement, so that a job which moves meanwhile is either caught or over."""
+        is_waiting = JobRow.status.in_(WAITING)
         statement = (
             update(JobRow)
-            .where(JobRow.id == job_id, JobRow.status.in_(origins))
-            .values(updated_at=now(), **values)
-            .returning(JobRow.id)
+            .where(JobRow.id == job_id, JobRow.status.in_(WAITING + STOPPABLE))
+            .values(
+                status=case((is_waiting, Status.CANCELLED.value), else_=Status.CANCELLING.value),
+                finished_at=case((is_waiting, now()), else_=None),
+                updated_at=now(),
+            )
+            .returning(JobRow.status)
         )
-        return (await self._session.scalar(statement)) is not None
+        status = await self._session.scalar(statement)
+        if status:
+            await self._session.execute(
+                event(job_id, f"job.{status}", CANCEL_MESSAGES[Status(status)])
+            )
 
     async def events(self, job_id: str, *, after: int, limit: int) -> Sequence[EventRow]:
         statement = (
@@ -96,12 +103,13 @@ class JobRepository:
         return (await self._session.scalars(statement)).all()
 
     async def metrics(
-        self, job_id: str, *, since_step: int, series: str | None
+        self, job_id: str, *, since_step: int, series: str | None, limit: int
     ) -> Sequence[MetricRow]:
         statement = (
             select(MetricRow)
             .where(MetricRow.job_id == job_id, MetricRow.step >= since_step)
             .order_by(MetricRow.step, MetricRow.series)
+            .limit(limit)
         )
         if series:
             statement = statement.where(MetricRow.series == series)

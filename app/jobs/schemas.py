@@ -3,19 +3,41 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from app.jobs.states import Phase, Reason, Status
 
-Rank = Annotated[int, Field(ge=1, le=1024)]
-Positive = Annotated[int, Field(ge=1)]
+MAX_RANK = 1024
+MAX_SIGMA = 1.0
+
+Rank = Annotated[int, Field(ge=1, le=MAX_RANK)]
+Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
+REVISION = r"^[A-Za-z0-9][A-Za-z0-9_./-]{0,127}$"
+LABEL_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_./-]{0,62}$"
+LabelName = Annotated[str, Field(pattern=LABEL_NAME)]
 Label = Annotated[str, Field(max_length=256)]
+
+
+def _holds_nul(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(_holds_nul(part) for pair in value.items() for part in pair)
+    if isinstance(value, list):
+        return any(map(_holds_nul, value))
+    return isinstance(value, str) and "\0" in value
 
 
 class Body(BaseModel):
     """A request body refuses what it does not know, NaN, and numbers spelt as strings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+    @field_validator("*")
+    @classmethod
+    def _no_nul(cls, value: object) -> object:
+        """Postgres keeps no NUL in a text."""
+        if _holds_nul(value):
+            raise ValueError("the character U+0000 is not allowed")
+        return value
 
 
 class LoraOptions(Body):
@@ -122,11 +144,11 @@ class JobCreate(Body):
         description="file: below a configured root, or dataset: and the id of an upload."
     )
     rank: Rank = Field(16, description="LoRA rank.")
-    sigma: Annotated[float, Field(ge=0, le=1)] = Field(
+    sigma: Annotated[float, Field(ge=0, le=MAX_SIGMA)] = Field(
         0.05,
         description="Perturbation strength σ; 0 is plain LoRA, the paper advises 0.05 to 0.10.",
     )
-    base_model_revision: Annotated[str, Field(max_length=128)] | None = Field(
+    base_model_revision: Annotated[str, Field(pattern=REVISION)] | None = Field(
         None,
         description="Commit, tag or branch of a hub id; resolved to a commit.",
     )
@@ -137,7 +159,7 @@ class JobCreate(Body):
     evaluation: EvaluationOptions = EvaluationOptions()
     resources: Resources = Resources()
     name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
-    labels: Annotated[dict[str, Label], Field(max_length=16)] = Field(default_factory=dict)
+    labels: Annotated[dict[LabelName, Label], Field(max_length=16)] = Field(default_factory=dict)
     dry_run: bool = Field(
         False, description="Stop, and succeed, after the preflight report on the data."
     )
@@ -220,15 +242,18 @@ class Metric(BaseModel):
 
 class MetricSeries(BaseModel):
     items: list[Metric]
+    next: int | None = Field(description="Where more follows: pass it as `since_step`.")
 
 
-# Every field of the body, to suggest one for a misspelt name.
-FIELD_NAMES = sorted(
-    {
-        name
-        for group in (
-            JobCreate, LoraOptions, DataOptions, TrainingOptions, EvaluationOptions, Resources
-        )
-        for name in group.model_fields
-    }
-)  # fmt: skip
+def _pointers(group: type[BaseModel], above: str = "") -> dict[str, str]:
+    """Where each field stands, by its name; the outer one where two have the same name."""
+    found: dict[str, str] = {}
+    for name, field in group.model_fields.items():
+        found[name] = f"{above}/{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found = _pointers(field.annotation, f"{above}/{name}") | found
+    return found
+
+
+FIELD_POINTERS = _pointers(JobCreate)
+"""To suggest a place for a misspelt or misplaced field."""

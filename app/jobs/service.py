@@ -1,25 +1,26 @@
 """The rules of jobs: what may be submitted, and what may be asked of a job when."""
 
+import asyncio
 import base64
 import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
+from typing import Any
 
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.datasets.repository import DatasetRepository
-from app.db import now
 from app.errors import (
-    Fault,
     IdempotencyKeyReused,
     IllegalTransition,
     InvalidRequest,
     JobNotFound,
 )
-from app.ids import new_id
+from app.faults import Fault
+from app.ids import is_id, new_id
 from app.jobs.repository import JobFilter, JobRepository
 from app.jobs.schemas import (
     Adapter,
@@ -36,7 +37,6 @@ from app.jobs.states import Reason, Status
 from app.settings import Settings
 from app.tables import JobRow
 from app.uris import (
-    UPLOAD_ID,
     UriError,
     check_dataset_scheme,
     check_hub_id,
@@ -60,12 +60,19 @@ class JobService:
         """
         spec = body.resolved()
         digest = _digest(spec)
+        faults = await asyncio.to_thread(self._check_paths, spec)  # before the database is locked
         if key and (earlier := await self._replay(key, digest)):
             return earlier, True
-        await self._check(spec)
+        faults += await self._check_uploads(spec)
+        if faults:
+            raise InvalidRequest(
+                " ".join(fault.detail for fault in faults),
+                "GET /models and GET /datasets list what is here.",
+                faults=faults,
+            )
         try:
             async with self._session.begin_nested():
-                row = await self._jobs.add(_new_row(spec))
+                row = await self._jobs.add(**_new_row(spec))
                 if key:
                     await self._jobs.remember(key, digest, row.id)
         except IntegrityError:
@@ -95,18 +102,9 @@ class JobService:
             raise JobNotFound(job_id)
         return row
 
-    async def list(self, wanted: JobFilter, *, limit: int, after: str | None) -> JobPage:
-        place = _place(after) if after else None
-        rows = await self._jobs.page(wanted, limit=limit + 1, after=place)
-        shown = rows[:limit]
-        return JobPage(
-            items=await self._present(shown),
-            next=_cursor(shown[-1]) if len(rows) > limit else None,
-        )
-
     async def cancel(self, job_id: str) -> Job:
-        await self.row(job_id)
-        await self._jobs.cancel(job_id)
+        if is_id(job_id, "job"):
+            await self._jobs.cancel(job_id)
         row = await self.row(job_id)
         if row.status not in {Status.CANCELLING, Status.CANCELLED}:
             raise IllegalTransition(
@@ -121,70 +119,79 @@ class JobService:
         items = [Event.model_validate(row, from_attributes=True) for row in rows]
         return EventPage(items=items, next=items[-1].seq if items else None)
 
-    async def metrics(self, job_id: str, *, since_step: int, series: str | None) -> MetricSeries:
+    async def metrics(
+        self, job_id: str, *, since_step: int, series: str | None, limit: int
+    ) -> MetricSeries:
         await self.row(job_id)
-        rows = await self._jobs.metrics(job_id, since_step=since_step, series=series)
+        rows = await self._jobs.metrics(
+            job_id, since_step=since_step, series=series, limit=limit + 1
+        )
+        # A page ends between two steps, so that the next one can begin at a step.
+        more_from = rows[-1].step if len(rows) > limit else None
+        items = [row for row in rows if row.step != more_from]
         return MetricSeries(
-            items=[Metric.model_validate(row, from_attributes=True) for row in rows]
+            items=[Metric.model_validate(row, from_attributes=True) for row in items],
+            next=more_from,
         )
 
-    async def _check(self, spec: JobCreate) -> None:
-        """Every URI of the job; all that is wrong is said at once."""
-        faults = [
-            *self._check_base_model(spec.base_model),
-            *await self._check_dataset("/dataset_uri", spec.dataset_uri),
-        ]
-        if uri := spec.evaluation.validation_uri:
-            faults += await self._check_dataset("/evaluation/validation_uri", uri)
-        if faults:
-            raise InvalidRequest(
-                " ".join(fault.detail for fault in faults),
-                "GET /models and GET /datasets list what is here.",
-                faults=faults,
-            )
-
-    def _check_base_model(self, name: str) -> Sequence[Fault]:
+    def _check_paths(self, spec: JobCreate) -> list[Fault]:
+        """What the file system and the settings have against a job; all of it."""
+        faults = []
         try:
-            if name.startswith("file:"):
-                resolve_model_folder(name, self._settings.model_roots)
-            else:
-                check_hub_id(name, self._settings.hub_models)
+            self._check_base_model(spec)
         except UriError as error:
-            return [_fault("/base_model", error)]
-        return []
+            faults.append(_fault("/base_model", error))
+        for pointer, uri in _dataset_uris(spec):
+            try:
+                check_dataset_scheme(uri)
+                if uri.startswith("file:"):
+                    resolve_dataset_file(uri, self._settings.dataset_roots)
+            except UriError as error:
+                faults.append(_fault(pointer, error))
+        return faults
 
-    async def _check_dataset(self, pointer: str, uri: str) -> Sequence[Fault]:
-        try:
-            check_dataset_scheme(uri)
-            if uri.startswith("file:"):
-                resolve_dataset_file(uri, self._settings.dataset_roots)
-            elif not UPLOAD_ID.fullmatch(uri) or not await self._datasets.get(
+    def _check_base_model(self, spec: JobCreate) -> None:
+        if spec.base_model.startswith("file:"):
+            resolve_model_folder(spec.base_model, self._settings.model_roots)
+        else:
+            check_hub_id(spec.base_model, self._settings.hub_models)
+
+    async def _check_uploads(self, spec: JobCreate) -> list[Fault]:
+        faults = []
+        for pointer, uri in _dataset_uris(spec):
+            if uri.startswith("dataset:") and not await self._datasets.get(
                 uri.removeprefix("dataset:")
             ):
-                raise UriError(
+                missing = UriError(
                     "dataset_not_found", f"There is no {uri}.", "Upload it with POST /datasets."
                 )
-        except UriError as error:
-            return [_fault(pointer, error)]
-        return []
+                faults.append(_fault(pointer, missing))
+        return faults
 
     async def _present(self, rows: Sequence[JobRow]) -> Sequence[Job]:
         positions = await self._jobs.queue_positions(rows)
         return [_present(row, positions.get(row.id)) for row in rows]
 
+    async def list(self, wanted: JobFilter, *, limit: int, after: str | None) -> JobPage:
+        place = _place(after) if after else None
+        rows = await self._jobs.page(wanted, limit=limit + 1, after=place)
+        shown = rows[:limit]
+        return JobPage(
+            items=await self._present(shown),
+            next=_cursor(shown[-1]) if len(rows) > limit else None,
+        )
 
-def _new_row(spec: JobCreate) -> JobRow:
-    return JobRow(
-        id=new_id("job"),
-        name=spec.name,
-        labels=spec.labels,
-        base_model=spec.base_model,
-        dataset_uri=spec.dataset_uri,
-        spec=spec.model_dump(mode="json"),
-        status=Status.QUEUED,
-        created_at=now(),
-        updated_at=now(),
-    )
+
+def _new_row(spec: JobCreate) -> dict[str, Any]:
+    return {
+        "id": new_id("job"),
+        "name": spec.name,
+        "labels": spec.labels,
+        "base_model": spec.base_model,
+        "dataset_uri": spec.dataset_uri,
+        "spec": spec.model_dump(mode="json"),
+        "status": Status.QUEUED,
+    }
 
 
 def _present(row: JobRow, queue_position: int | None) -> Job:
@@ -220,6 +227,13 @@ def _present(row: JobRow, queue_position: int | None) -> Job:
     )
 
 
+def _dataset_uris(spec: JobCreate) -> list[tuple[str, str]]:
+    uris = [("/dataset_uri", spec.dataset_uri)]
+    if spec.evaluation.validation_uri:
+        uris.append(("/evaluation/validation_uri", spec.evaluation.validation_uri))
+    return uris
+
+
 def _fault(pointer: str, error: UriError) -> Fault:
     detail = f"{error.detail} {error.hint}" if error.hint else error.detail
     return Fault(pointer=pointer, detail=detail, code=error.code)
@@ -238,11 +252,11 @@ def _cursor(row: JobRow) -> str:
 
 def _place(cursor: str) -> tuple[datetime, str]:
     """The place in the list that a cursor names."""
-    with suppress(ValueError):
+    with suppress(ValueError, OverflowError):
         text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
         moment, _, job_id = text.partition(" ")
-        created_at = datetime.fromisoformat(moment)
-        if created_at.tzinfo:
+        created_at = datetime.fromisoformat(moment).astimezone(UTC)
+        if is_id(job_id, "job"):
             return created_at, job_id
     raise InvalidRequest(
         f"{cursor!r} is not a cursor.",

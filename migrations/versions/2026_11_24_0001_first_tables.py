@@ -4,6 +4,8 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects.postgresql import JSONB
 
+from migrations import limit_waiting
+
 revision = "0001"
 down_revision = None
 branch_labels = None
@@ -18,6 +20,7 @@ Time = sa.DateTime(timezone=True)
 
 
 def upgrade() -> None:
+    limit_waiting(lock="5s", statement="60s")
     op.create_table(
         "jobs",
         sa.Column("id", sa.String(), nullable=False),
@@ -85,7 +88,7 @@ def upgrade() -> None:
         sa.Column("size", sa.BigInteger(), nullable=False),
         sa.Column("created_at", Time, nullable=False),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_datasets")),
-        sa.UniqueConstraint("sha256", name=op.f("uq_datasets_sha256")),
+        sa.UniqueConstraint("sha256", "filename", name=op.f("uq_datasets_sha256_filename")),
     )
     op.create_table(
         "idempotency_keys",
@@ -104,5 +107,6 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    limit_waiting(lock="5s", statement="60s")
     for table in ("idempotency_keys", "datasets", "job_metrics", "job_events", "jobs"):
         op.drop_table(table)

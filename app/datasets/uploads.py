@@ -1,0 +1,124 @@
+"""Taking an upload in: streamed to a file, hashed on the way, then put into the store."""
+
+import asyncio
+import hashlib
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass
+from email.message import Message
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from app.errors import InvalidRequest, TooLarge, UnsupportedMediaType
+from app.faults import Fault
+from app.settings import Settings
+from app.storage import ArtifactStore
+
+MAX_FILENAME_BYTES = 200
+BROKEN_SECONDS = 24 * 3600
+
+# The suffix tells the trainer the format; where a name has none, the media type gives it.
+SUFFIXES = {
+    "application/x-ndjson": ".jsonl",
+    "application/jsonl": ".jsonl",
+    "application/x-jsonlines": ".jsonl",
+    "application/json": ".json",
+    "text/csv": ".csv",
+    "text/tab-separated-values": ".tsv",
+    "application/vnd.apache.parquet": ".parquet",
+    "application/parquet": ".parquet",
+    "application/octet-stream": "",
+    "application/gzip": "",
+    "application/x-gzip": "",
+    "application/zstd": "",
+    "text/plain": "",
+}
+
+
+@dataclass(frozen=True)
+class Upload:
+    """Bytes that have arrived and been stored."""
+
+    filename: str
+    size: int
+    sha256: str
+
+
+async def receive(
+    chunks: AsyncIterator[bytes], filename: str, settings: Settings, store: ArtifactStore
+) -> Upload:
+    """Take an upload in without holding it in memory; no database is held open meanwhile."""
+    settings.uploads_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=settings.uploads_dir) as file:
+        size, digest = 0, hashlib.sha256()
+        async for chunk in chunks:
+            size += len(chunk)
+            check_size(size, settings)
+            digest.update(chunk)
+            await asyncio.to_thread(file.write, chunk)
+        if size == 0:
+            raise InvalidRequest(
+                "The dataset is empty.",
+                "Send the file's bytes, or a form with a part named file.",
+                faults=[Fault(pointer="", detail="no bytes", code="dataset_empty")],
+            )
+        file.flush()
+        sha256 = digest.hexdigest()
+        await asyncio.to_thread(store.put_file, Path(file.name), sha256)
+    return Upload(filename, size, sha256)
+
+
+def check_size(size: int, settings: Settings) -> None:
+    if size > settings.max_dataset_bytes:
+        raise TooLarge(
+            f"A dataset may have {settings.max_dataset_bytes} bytes.",
+            "Compress it (.gz, .zst), or raise FLATLORA_MAX_DATASET_BYTES.",
+        )
+
+
+def forget_broken(folder: Path) -> None:
+    """Remove what uploads left behind whose process was killed."""
+    for path in folder.glob("tmp*"):
+        with suppress(OSError):
+            if path.stat().st_mtime < time.time() - BROKEN_SECONDS:
+                path.unlink()
+
+
+def media_type(content_type: str) -> str:
+    found = content_type.partition(";")[0].strip().lower()
+    if found not in SUFFIXES:
+        raise UnsupportedMediaType(
+            f"An upload of {content_type or 'no type'!r} is not understood.",
+            f"Send one of {', '.join(SUFFIXES)} or multipart/form-data. With curl: -T rows.jsonl, "
+            "or -F file=@rows.jsonl.",
+        )
+    return found
+
+
+def disposition_filename(header: str) -> str:
+    """The file name in a Content-Disposition header (RFC 6266), if there is one."""
+    message = Message()
+    message["Content-Disposition"] = header
+    return message.get_filename("")
+
+
+def safe_filename(name: str, media_type: str) -> str:
+    """The last part of a path, whichever system wrote it.
+
+    It is only ever shown, and read for its suffix; files are stored under their hash.
+    """
+    last = PurePosixPath(PureWindowsPath(name).name).name
+    cleaned = "".join(letter for letter in last if letter.isprintable()).strip()
+    if cleaned in {"", ".", ".."}:
+        cleaned = "dataset"
+    if not PurePosixPath(cleaned).suffix:
+        cleaned += SUFFIXES.get(media_type, "")
+    if not PurePosixPath(cleaned).suffix:
+        raise InvalidRequest(
+            f"The upload has no file name with a suffix; found {name!r}.",
+            "Name it: POST /datasets?filename=rows.jsonl. The suffix tells the format.",
+            faults=[Fault(pointer="filename", detail="no suffix", code="filename_missing")],
+        )
+    # The end is kept: the suffix stands there.
+    return cleaned.encode()[-MAX_FILENAME_BYTES:].decode(errors="ignore")

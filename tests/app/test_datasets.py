@@ -1,0 +1,198 @@
+"""Uploads."""
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+
+from app.settings import Settings
+from tests.app.conftest import make_settings
+from tests.app.service import Json, Service, faults, ok
+
+ROWS = b'{"prompt": "1 + 1", "completion": "2"}\n'
+
+
+@pytest.fixture
+def settings(tmp_path: Path, migrated_sqlite_url: str) -> Settings:
+    return make_settings(tmp_path, migrated_sqlite_url, max_dataset_bytes=3 << 20)
+
+
+def upload(
+    service: Service,
+    content: bytes | Iterator[bytes] = ROWS,
+    name: str | None = "rows.jsonl",
+    **headers: str,
+) -> httpx2.Response:
+    given = {"Content-Type": "application/octet-stream"}
+    given |= {key.replace("_", "-"): value for key, value in headers.items()}
+    params = {"filename": name} if name is not None else {}
+    return service.http.post("/datasets", params=params, content=content, headers=given)
+
+
+def left_behind(service: Service) -> list[Path]:
+    folder = service.settings.uploads_dir
+    return list(folder.iterdir()) if folder.exists() else []
+
+
+class TestUpload:
+    def test_the_answer_says_how_a_job_names_it(self, any_service: Service) -> None:
+        response = upload(any_service)
+        dataset = ok(response, 201)
+        assert response.headers["location"] == f"/datasets/{dataset['id']}"
+        assert dataset["uri"] == f"dataset:{dataset['id']}"
+        assert dataset["sha256"] == hashlib.sha256(ROWS).hexdigest()
+        assert (dataset["size"], dataset["filename"]) == (len(ROWS), "rows.jsonl")
+        assert any_service.get(f"/datasets/{dataset['id']}") == dataset
+        assert b"".join(any_service.store.stream(dataset["sha256"])) == ROWS
+        assert left_behind(any_service) == []
+
+    def test_the_same_file_again_is_the_same_dataset(self, any_service: Service) -> None:
+        first = ok(upload(any_service), 201)
+        assert ok(upload(any_service), 200) == first
+
+    def test_the_same_bytes_under_another_name_are_another_dataset(self, service: Service) -> None:
+        """The suffix tells the format: a wrong one must not stick."""
+        first = ok(upload(service, name="rows.txt"), 201)
+        second = ok(upload(service, name="rows.jsonl"), 201)
+        assert first["id"] != second["id"]
+        assert first["sha256"] == second["sha256"]
+
+    def test_many_at_once_make_one_dataset(self, any_service: Service) -> None:
+        with ThreadPoolExecutor(30) as pool:
+            answers = list(pool.map(lambda _: upload(any_service), range(30)))
+        assert {answer.status_code for answer in answers} <= {200, 201}
+        assert len({answer.json()["id"] for answer in answers}) == 1
+
+    def test_a_form_with_a_file(self, service: Service) -> None:
+        response = service.http.post("/datasets", files={"file": ("rows.csv", ROWS, "text/csv")})
+        assert ok(response, 201)["filename"] == "rows.csv"
+        assert left_behind(service) == []
+
+    def test_chunks_of_unknown_number(self, service: Service) -> None:
+        dataset = ok(upload(service, iter([ROWS] * 1000)), 201)
+        assert dataset["sha256"] == hashlib.sha256(ROWS * 1000).hexdigest()
+
+    def test_it_may_be_larger_than_other_bodies(self, service: Service) -> None:
+        assert ok(upload(service, b"x" * (3 << 20)), 201)["size"] == 3 << 20
+
+
+class TestFilename:
+    @pytest.mark.parametrize(
+        ("given", "kept"),
+        [
+            ("rows.jsonl.gz", "rows.jsonl.gz"),
+            ("../../etc/rows.csv", "rows.csv"),
+            (r"C:\data\rows.csv", "rows.csv"),
+            ("a\n\x1b[31m.csv", "a[31m.csv"),
+            ("żółw.parquet", "żółw.parquet"),
+            ("a" * 500 + ".csv", "a" * 196 + ".csv"),
+        ],
+    )
+    def test_it_is_the_last_part_without_control_characters(
+        self, service: Service, given: str, kept: str
+    ) -> None:
+        assert ok(upload(service, name=given), 201)["filename"] == kept
+
+    @pytest.mark.parametrize(
+        ("media_type", "name"),
+        [
+            ("application/x-ndjson", "dataset.jsonl"),
+            ("application/json", "dataset.json"),
+            ("text/csv; charset=utf-8", "dataset.csv"),
+            ("application/vnd.apache.parquet", "dataset.parquet"),
+        ],
+    )
+    def test_without_one_the_media_type_names_it(
+        self, service: Service, media_type: str, name: str
+    ) -> None:
+        assert ok(upload(service, name=None, Content_Type=media_type), 201)["filename"] == name
+
+    def test_content_disposition_names_it(self, service: Service) -> None:
+        header = 'attachment; filename="rows.csv"'
+        assert (
+            ok(upload(service, name=None, Content_Disposition=header), 201)["filename"]
+            == "rows.csv"
+        )
+
+    @pytest.mark.parametrize("name", [None, "", "..", "rows", "/"])
+    def test_without_any_sign_of_the_format_it_is_refused(
+        self, service: Service, name: str | None
+    ) -> None:
+        problem = ok(upload(service, name=name), 422)
+        assert problem["code"] == "filename_missing"
+        assert "?filename=rows.jsonl" in problem["hint"]
+
+
+class TestRefused:
+    def test_no_bytes(self, service: Service) -> None:
+        assert ok(upload(service, b""), 422)["code"] == "dataset_empty"
+
+    @pytest.mark.parametrize("declared", [True, False])
+    def test_too_many_bytes(self, service: Service, declared: bool) -> None:
+        content = b"x" * (4 << 20)
+        problem = ok(upload(service, content if declared else iter([content])), 413)
+        assert problem["code"] == "too_large"
+        assert left_behind(service) == []
+
+    def test_too_many_bytes_in_a_form(self, service: Service) -> None:
+        files = {"file": ("rows.csv", b"x" * ((3 << 20) + 1))}
+        problem = ok(service.http.post("/datasets", files=files), 413)
+        assert "FLATLORA_MAX_DATASET_BYTES" in problem["hint"]
+
+    @pytest.mark.parametrize(
+        "media_type", ["application/x-www-form-urlencoded", "image/png", "nonsense"]
+    )
+    def test_another_media_type(self, service: Service, media_type: str) -> None:
+        problem = ok(upload(service, Content_Type=media_type), 415)
+        assert "application/x-ndjson" in problem["hint"]
+
+    def test_a_content_encoding(self, service: Service) -> None:
+        assert "rows.jsonl.gz" in ok(upload(service, Content_Encoding="gzip"), 415)["hint"]
+
+    def test_a_form_without_a_file(self, service: Service) -> None:
+        forms: list[Any] = [{"rows": ("a.csv", ROWS)}, {"file": (None, "text")}]
+        for form in forms:
+            problem = ok(service.http.post("/datasets", files=form), 422)
+            assert faults(problem) == {"/file": "This part is required."}
+
+    def test_a_form_that_cannot_be_read(self, service: Service) -> None:
+        for given in ("multipart/form-data", "multipart/form-data; boundary=b"):
+            response = service.http.post(
+                "/datasets", content=b"--x\r\nnonsense", headers={"Content-Type": given}
+            )
+            assert response.status_code in {400, 422}
+            assert response.headers["content-type"] == "application/problem+json"
+
+    def test_an_unknown_parameter(self, service: Service) -> None:
+        response = service.http.post(
+            "/datasets?name=a.csv", content=ROWS, headers={"Content-Type": "text/csv"}
+        )
+        assert "Known are filename." in faults(ok(response, 422))["name"]
+
+
+class TestRead:
+    def test_pages_hold_every_dataset_once_newest_first(self, any_service: Service) -> None:
+        made = [ok(upload(any_service, name=f"{n}.csv"), 201)["id"] for n in range(5)]
+        seen: list[str] = []
+        query: Json = {"limit": 2}
+        while True:
+            page = any_service.get("/datasets", **query)
+            seen += [dataset["id"] for dataset in page["items"]]
+            if page["next"] is None:
+                break
+            query["after"] = page["next"]
+        assert seen == made[::-1]
+
+    @pytest.mark.parametrize("dataset_id", ["ds_" + "0" * 32, "x", "%00"])
+    def test_an_unknown_id_is_404(self, any_service: Service, dataset_id: str) -> None:
+        problem = ok(any_service.http.get(f"/datasets/{dataset_id}"), 404)
+        assert problem["code"] == "dataset_not_found"
+
+    @pytest.mark.parametrize("query", ["after=x", "after=%00", "limit=0", "x=1"])
+    def test_what_cannot_be_asked_is_422(self, service: Service, query: str) -> None:
+        name: Any = query.partition("=")[0]
+        assert set(faults(ok(service.http.get(f"/datasets?{query}"), 422))) == {name}
