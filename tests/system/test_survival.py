@@ -59,7 +59,7 @@ class TestKilledTrainer:
             for pid in set(service.trainers()) - seen:
                 os.kill(pid, signal.SIGKILL)
                 seen.add(pid)
-            return service.job(job_id)["status"] == "failed"
+            return bool(service.job(job_id)["status"] == "failed")
 
         until(kill_each, seconds=60)
         job = service.job(job_id)
