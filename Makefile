@@ -10,7 +10,7 @@ help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 
 demo: $(VENV)/.runtime ## Fine-tune the tiny model through POST /jobs and compare before and after
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
 
 run: $(VENV)/.runtime ## Start the service on this machine (Ctrl-C stops it)
 	$(BIN)/flatlora up

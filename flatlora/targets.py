@@ -184,9 +184,11 @@ def _base_fault(layer: Any, adapter: str) -> str | None:
     if type(base.weight) is not nn.Parameter:
         kind = type(base.weight).__name__
         return f"weight is a {kind}; quantised and sharded weights are not supported"
+    if fault := _weight_fault(base.weight, layer, transposed=not isinstance(base, nn.Linear)):
+        return fault
     if layer.lora_A[adapter].weight.device != base.weight.device:
         return f"weight is on {base.weight.device}, its adapter is not"
-    return _weight_fault(base.weight, layer, transposed=not isinstance(base, nn.Linear))
+    return None
 
 
 def _weight_fault(weight: nn.Parameter, layer: Any, *, transposed: bool) -> str | None:

@@ -18,6 +18,7 @@ from app.cli.client import Client, Json
 from app.cli.output import CANCELLED, FAILED, OK, err, out
 
 POLL_SECONDS = 0.5
+BAR_WIDTH = 20
 TERMINAL = {"succeeded", "failed", "cancelled"}
 
 
@@ -90,10 +91,16 @@ def _print_changes(client: Client, job: Json) -> Json:
         tenth = job["step"] * 10 // total if total else 0
         if (job["status"], job["phase"], tenth) != last:
             last = (job["status"], job["phase"], tenth)
-            steps = f"step {job['step']}/{total} " if total else ""
+            steps = f"{bar(job['step'], total)} {job['step']}/{total} " if total else ""
             line = f"{describe_status(job):<10} {steps}{describe_progress(job['progress'])}"
             err.print(line.rstrip(), highlight=False)
     return job
+
+
+def bar(step: int, total: int) -> str:
+    """``━━━━━━━━━━──────────``"""
+    filled = BAR_WIDTH * step // total
+    return "━" * filled + "─" * (BAR_WIDTH - filled)
 
 
 def _until_over(client: Client, job: Json) -> Any:

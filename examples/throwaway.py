@@ -1,0 +1,77 @@
+"""A service for one run: ``flatlora up`` in a folder of its own, stopped at the end."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from app.cli.client import Client
+from app.cli.jobs import connect, unpack
+from app.cli.watch import watch
+
+Json = dict[str, Any]
+
+
+@contextmanager
+def throwaway_service(folder: Path, roots: Sequence[Path]) -> Iterator[Client]:
+    """A client of a service that may read what lies below ``roots``; ``folder`` is made anew."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    port, readable = _free_port(), ",".join(map(str, roots))
+    os.environ.update(
+        FLATLORA_DATA_DIR=str(folder / "service"),
+        FLATLORA_PORT=str(port),
+        FLATLORA_DATASET_ROOTS=readable,
+        FLATLORA_MODEL_ROOTS=readable,
+    )
+    log = folder / "service.log"
+    with log.open("w") as output:
+        up = subprocess.Popen(
+            [sys.executable, "-m", "app.cli.main", "up"], stdout=output, stderr=output
+        )
+    try:
+        _wait_until_ready(up, port, log)
+        yield connect()
+    finally:
+        up.send_signal(signal.SIGTERM)
+        up.wait(60)
+
+
+def run_job(client: Client, job: Json, adapter: Path) -> Json:
+    """Follow a job to its end, and unpack its adapter into a new folder."""
+    job = watch(client, job["id"])
+    if job["status"] != "succeeded":
+        sys.exit(f"The job is {job['status']}: {job['failure']}")
+    archive = adapter.with_suffix(".tar")
+    client.download(f"/jobs/{job['id']}/adapter", archive)
+    adapter.mkdir()
+    unpack(archive, adapter)
+    return job
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait_until_ready(up: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and up.poll() is None:
+        try:
+            if httpx2.get(f"http://127.0.0.1:{port}/readyz").is_success:
+                return
+        except httpx2.TransportError:
+            pass
+        time.sleep(0.1)
+    sys.exit(f"The service did not start. Its log: {log}")
