@@ -16,7 +16,7 @@ run: $(VENV)/.runtime ## Start the service on this machine (Ctrl-C stops it)
 	$(BIN)/flatlora up
 
 test: $(VENV)/.dev ## Run every test that needs no GPU
-	$(BIN)/pytest -m "not gpu"
+	$(BIN)/pytest -m "not gpu" -n 2 --dist loadfile
 
 check: $(VENV)/.dev ## Lint, format, types, import contracts
 	$(BIN)/ruff check

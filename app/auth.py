@@ -10,6 +10,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from app.errors import Unauthenticated
 from app.settings import Settings
+from app.storage import make_private
 
 bearer = HTTPBearer(auto_error=False, description="The key that `flatlora up` printed at first.")
 
@@ -17,7 +18,7 @@ bearer = HTTPBearer(auto_error=False, description="The key that `flatlora up` pr
 def ensure_key(settings: Settings) -> tuple[str, bool]:
     """The service's key, and whether it was made just now."""
     path = settings.key_file
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_private(path.parent)
     key = f"flk_{secrets.token_hex(24)}"
     partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     partial.touch(mode=0o600, exist_ok=False)

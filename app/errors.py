@@ -35,7 +35,7 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
-from app.faults import Fault, explain, is_wrong_media_type
+from app.faults import Fault, explain, field_pointers, is_wrong_media_type
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -260,7 +260,8 @@ def _named(request: Request, error: RequestValidationError) -> ServiceError:
             "Send one JSON object with Content-Type: application/json.",
         )
     asks = any(detail["loc"][0] == "query" for detail in details)
-    faults = explain(details, error.body, _parameters(request) if asks else [])
+    parameters = _parameters(request) if asks else []
+    faults = explain(details, error.body, parameters, _body_fields(request))
     count = "One thing is" if len(faults) == 1 else f"{len(faults)} things are"
     invalid = InvalidRequest(
         f"{count} not as expected.",
@@ -276,6 +277,14 @@ def _parameters(request: Request) -> list[str]:
     operation = _operations(request).get(request.method.lower(), {})
     found = operation.get("parameters", [])
     return [parameter["name"] for parameter in found if parameter["in"] == "query"]
+
+
+def _body_fields(request: Request) -> Mapping[str, str]:
+    """Where the fields of the body stand that the route expects."""
+    field = getattr(request.scope.get("route"), "body_field", None)
+    expected = field.field_info.annotation if field else None
+    is_group = isinstance(expected, type) and issubclass(expected, BaseModel)
+    return field_pointers(expected) if is_group else {}
 
 
 async def _http_exception(request: Request, error: Exception) -> JSONResponse:

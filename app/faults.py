@@ -3,11 +3,10 @@
 import json
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 
 from pydantic import BaseModel, Field
-
-from app.jobs.schemas import FIELD_POINTERS
 
 
 class Fault(BaseModel):
@@ -28,18 +27,34 @@ def is_wrong_media_type(details: Sequence[Any]) -> bool:
     )
 
 
-def explain(details: Sequence[Any], body: Any, parameters: Sequence[str]) -> list[Fault]:
+@lru_cache
+def field_pointers(group: type[BaseModel], above: str = "") -> Mapping[str, str]:
+    """Where each field of a body stands, by its name; the outer one of two with the same name."""
+    found: dict[str, str] = {}
+    for name, field in group.model_fields.items():
+        found[name] = f"{above}/{name}"
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            found = {**field_pointers(field.annotation, f"{above}/{name}"), **found}
+    return found
+
+
+def explain(
+    details: Sequence[Any], body: Any, parameters: Sequence[str], fields: Mapping[str, str]
+) -> list[Fault]:
     """Every one of pydantic's findings.
 
     Args:
         details: The findings.
         body: The request's body, as far as it could be read.
         parameters: Query parameters that the route knows.
+        fields: Fields of the body that it knows (``field_pointers``): one of them may be meant.
     """
-    return [_explain(detail, body, parameters) for detail in details]
+    return [_explain(detail, body, parameters, fields) for detail in details]
 
 
-def _explain(error: Mapping[str, Any], body: Any, parameters: Sequence[str]) -> Fault:
+def _explain(
+    error: Mapping[str, Any], body: Any, parameters: Sequence[str], fields: Mapping[str, str]
+) -> Fault:
     where, *path = error["loc"]
     kind, name = error["type"], str(error["loc"][-1])
     if where == "body":
@@ -48,7 +63,7 @@ def _explain(error: Mapping[str, Any], body: Any, parameters: Sequence[str]) -> 
         pointer = str(path[0]) if path else str(where)
     match kind:
         case "extra_forbidden" if where == "body":
-            detail = f"There is no field {name!r}.{_field_like(name)}"
+            detail = f"There is no field {name!r}.{_field_like(name, fields)}"
         case "extra_forbidden":
             detail = f"There is no parameter {name!r}. Known are {', '.join(parameters)}."
         case "missing":
@@ -81,10 +96,10 @@ def _pointer(path: Sequence[str | int], body: Any, *, is_missing: bool) -> str:
     return "".join(f"/{str(part).replace('~', '~0').replace('/', '~1')}" for part in kept)
 
 
-def _field_like(name: str) -> str:
+def _field_like(name: str, fields: Mapping[str, str]) -> str:
     """A field of that name elsewhere, or one that is spelt almost so."""
-    near = get_close_matches(name, FIELD_POINTERS, n=1)
-    return f" Did you mean {FIELD_POINTERS[near[0]]}?" if near else ""
+    near = get_close_matches(name, fields, n=1)
+    return f" Did you mean {fields[near[0]]}?" if near else ""
 
 
 def _shown(value: Any) -> str:

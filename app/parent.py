@@ -3,6 +3,7 @@
 import ctypes
 import os
 import signal
+import stat
 import sys
 import threading
 
@@ -13,8 +14,11 @@ def die_with_parent() -> None:
     """End when the parent ends, however it ends.
 
     The parent holds a pipe to our standard input and never writes to it, so its end is the
-    parent's end, on any system. Linux kills us even while we cannot read (long C calls).
+    parent's end, on any system. Linux kills us even while we cannot read (long C calls). Where
+    standard input is no pipe, nobody of ours is the parent: a service manager, say.
     """
+    if not stat.S_ISFIFO(os.fstat(0).st_mode):
+        return
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     threading.Thread(target=_end_with_input, name="parent", daemon=True).start()

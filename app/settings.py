@@ -5,9 +5,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from app.uris import Roots
+
+HEARTBEATS_PER_LEASE = 3  # two may be late or lost before a worker counts as dead
 LOOPBACK = ["127.0.0.1", "[::1]", "localhost"]
 POSTGRES = re.compile(r"^postgres(ql)?://")  # as hosts of databases write it: without a driver
 
@@ -34,7 +37,7 @@ class Settings(BaseSettings):
     listens there, any name elsewhere."""
 
     dataset_roots: Annotated[list[Path], NoDecode] = Field(default_factory=lambda: [Path()])
-    """Folders below which ``file:`` dataset URIs may point."""
+    """Folders below which ``file:`` dataset URIs may point, though not into the data folder."""
     model_roots: Annotated[list[Path], NoDecode] = Field(default_factory=lambda: [Path()])
     """Folders below which ``file:`` base models may point."""
     hub_models: Annotated[list[str], NoDecode] = Field(default_factory=lambda: ["*"])
@@ -64,8 +67,22 @@ class Settings(BaseSettings):
 
     @field_validator("dataset_roots", "model_roots", mode="after")
     @classmethod
-    def _resolve_roots(cls, roots: list[Path]) -> list[Path]:
-        return [root.expanduser().resolve() for root in roots]
+    def _resolve_roots(cls, roots: list[Path], info: ValidationInfo) -> list[Path]:
+        folders = [root.expanduser().resolve() for root in roots]
+        # No data folder: that setting is wrong itself, and nothing will be served.
+        return Roots(folders, info.data["data_dir"]) if "data_dir" in info.data else folders
+
+    @field_validator("heartbeat_seconds", mode="after")
+    @classmethod
+    def _fit_the_lease(cls, heartbeat: float, info: ValidationInfo) -> float:
+        needed = round(heartbeat * HEARTBEATS_PER_LEASE, 6)
+        lease = info.data.get("lease_seconds", needed)
+        if needed > lease:
+            raise ValueError(
+                f"found {heartbeat:g}, expected at most a third of FLATLORA_LEASE_SECONDS "
+                f"({lease:g}): a job is taken away from a worker that is silent for that long"
+            )
+        return heartbeat
 
     @property
     def database(self) -> str:

@@ -9,6 +9,7 @@ from sqlalchemy import (
     CheckConstraint,
     DateTime,
     Dialect,
+    Double,
     ForeignKey,
     Index,
     MetaData,
@@ -92,6 +93,10 @@ class JobRow(Table):
     """Raised by every claim; a write that carries an older one is refused."""
     worker: Mapped[str | None]
     lease_until: Mapped[datetime | None]
+    runtime: Mapped[float] = mapped_column(Double, default=0.0)
+    """Seconds that all attempts together have worked."""
+    recoveries: Mapped[int] = mapped_column(default=0)
+    """How often the service was killed while it held the job."""
 
     step: Mapped[int] = mapped_column(default=0)
     total_steps: Mapped[int | None]

@@ -5,9 +5,9 @@ The API resolves a URI when a job is submitted, the worker again when it fetches
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 DATASET_SCHEMES = ("file:", "dataset:")
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}")
@@ -34,6 +34,31 @@ class UriError(Exception):
         self.code = code
         self.detail = detail
         self.hint = hint
+
+
+class Roots(list[Path]):
+    """Folders below which ``file:`` URIs may point, though never into the closed one.
+
+    That is the service's own data folder: key, database, other people's uploads.
+    """
+
+    def __init__(self, folders: Iterable[Path], closed: Path) -> None:
+        super().__init__(folders)
+        self.closed = closed
+
+
+def file_uri(path: Path) -> str:
+    """The URI of a path, with the signs quoted that would mean something else in a URI."""
+    return f"file:{quote(os.fsencode(path))}"
+
+
+def local_path(uri: str) -> Path:
+    """The path that a ``file:`` URI names, as it is written there; a hub id as it is.
+
+    Raises:
+        UriError: If it is no ``file:`` URI of a path on this machine.
+    """
+    return _path_of(uri) if uri.startswith("file:") else Path(uri)
 
 
 def resolve_dataset_file(uri: str, roots: Sequence[Path]) -> Path:
@@ -110,17 +135,29 @@ def _resolve(uri: str, roots: Sequence[Path], *, setting: str) -> Path | None:
     folders = [Path(os.path.realpath(root)) for root in roots]
     candidates = [path] if path.is_absolute() else [folder / path for folder in folders]
     real = [Path(os.path.realpath(candidate)) for candidate in candidates]
-    allowed = [
+    below = [
         candidate for candidate in real if any(candidate.is_relative_to(root) for root in folders)
     ]
-    if not allowed:
+    if not below:
         raise UriError(
             "path_not_allowed",
             f"{uri} lies outside the folders that this service may read: {_list(folders)}.",
             f"Move it below one of them, or add its folder to {setting}.",
         )
+    allowed = [candidate for candidate in below if not is_closed(candidate, roots)]
+    if not allowed:
+        raise UriError(
+            "path_not_allowed",
+            f"{uri} lies in the service's own data folder, from which nothing is read.",
+            "Move it out of there; rows can also be uploaded with POST /datasets.",
+        )
     # Not Path.exists(): that raises where a name is too long or a folder is closed to us.
     return next((candidate for candidate in allowed if os.path.exists(candidate)), None)  # noqa: PTH110
+
+
+def is_closed(path: Path, roots: Sequence[Path]) -> bool:
+    """Whether a real path lies in the closed folder."""
+    return isinstance(roots, Roots) and path.is_relative_to(os.path.realpath(roots.closed))
 
 
 def _path_of(uri: str) -> Path:

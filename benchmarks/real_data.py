@@ -26,6 +26,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
+from app.uris import file_uri
 from examples.score import load_rows
 from examples.throwaway import Json, run_job, throwaway_service
 
@@ -47,17 +48,34 @@ def arguments() -> argparse.Namespace:
 
 def job_of(options: argparse.Namespace) -> Json:
     return {
-        "base_model": f"file:{options.base_model.resolve()}",
-        "dataset_uri": f"file:{options.dataset.resolve()}",
+        "base_model": file_uri(options.base_model.resolve()),
+        "dataset_uri": file_uri(options.dataset.resolve()),
         "rank": 16,
         "sigma": options.sigma,
         "training": {"max_steps": options.steps, "batch_size": 16, "learning_rate": 1e-3},
-        "evaluation": {"validation_uri": f"file:{options.validation.resolve()}"},
+        "evaluation": {"validation_uri": file_uri(options.validation.resolve())},
     }
 
 
 def hashes(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def used_rows(validation: Path, report: Json) -> list[Any]:
+    """The held-out rows that the job has used: all, or the first where there are very many.
+
+    The report counts the rows that were left out and does not name them.
+    """
+    counts = report["rows"]
+    left_out = counts["bad"] + counts["dropped_without_targets"]
+    if left_out:
+        sys.exit(
+            f"{left_out} rows were left out ({counts['bad']} bad, "
+            f"{counts['dropped_without_targets']} without a token to learn within "
+            f"{report['length']['limit']}): which held-out rows the job has used is not known. "
+            "Give files of which every row can be used."
+        )
+    return load_rows(validation)[: counts["held_out"]]
 
 
 @torch.inference_mode()
@@ -69,7 +87,7 @@ def held_out_loss(base_model: Path, adapter: Path, rows: list[Any], max_length: 
     model = PeftModel.from_pretrained(base, adapter).eval()
     total, count = 0.0, 0
     for row in rows:
-        rendered = tokenizer.apply_chat_template(
+        rendered: Any = tokenizer.apply_chat_template(
             row["messages"], return_dict=True, return_assistant_tokens_mask=True
         )
         ids = torch.tensor(rendered["input_ids"][:max_length])
@@ -77,6 +95,11 @@ def held_out_loss(base_model: Path, adapter: Path, rows: list[Any], max_length: 
         logits = model(input_ids=ids[None]).logits[0, :-1]
         losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
         total, count = total + losses[mask].double().sum().item(), count + int(mask.sum())
+    if not count:
+        sys.exit(
+            "The base model's chat template has no {% generation %} marks: without them nothing "
+            "says which tokens are the assistant's. Name a model whose template has them."
+        )
     return total / count
 
 
@@ -91,7 +114,7 @@ def measure(options: argparse.Namespace) -> Json:
         with throwaway_service(folder, roots) as client:
             job = run_job(client, client.post("/jobs", job_of(options)), folder / "adapter")
         seconds = time.monotonic() - started
-        rows = load_rows(options.validation)[: job["result"]["held_out"]["rows"]]
+        rows = used_rows(options.validation, job["report"])
         limit = job["report"]["length"]["limit"]
         reproduced = held_out_loss(options.base_model, folder / "adapter", rows, limit)
     reported = job["result"]["held_out"]

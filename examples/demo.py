@@ -14,8 +14,10 @@ import warnings
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from app.uris import file_uri
 from examples.score import Row, answer, exact_match, load_rows, reference
 from examples.throwaway import Json, run_job, throwaway_service
 
@@ -26,14 +28,14 @@ ADAPTER = FOLDER / "adapter"
 SHOWN = 3
 
 JOB = {
-    "base_model": f"file:{EXAMPLES / 'tiny-base'}",
-    "dataset_uri": f"file:{EXAMPLES / 'data' / 'train.jsonl'}",
+    "base_model": file_uri(EXAMPLES / "tiny-base"),
+    "dataset_uri": file_uri(EXAMPLES / "data" / "train.jsonl"),
     "rank": 16,
     "sigma": 0.05,
     "name": "first-run",
     "data": {"max_length": 256},
     "training": {"max_steps": 150, "batch_size": 16, "learning_rate": 3e-3},
-    "evaluation": {"validation_uri": f"file:{EXAMPLES / 'data' / 'test.jsonl'}"},
+    "evaluation": {"validation_uri": file_uri(EXAMPLES / "data" / "test.jsonl")},
 }
 
 console = Console(soft_wrap=True, highlight=False, record=True)
@@ -73,7 +75,7 @@ def show_answers(rows: list[Row], before: list[str], after: list[str]) -> None:
         table.add_column(title, ratio=1, overflow="fold")
     for row, base, tuned in list(zip(rows, before, after, strict=True))[:SHOWN]:
         cells = (row["messages"][-2]["content"], base, tuned, reference(row))
-        table.add_row(*(text.replace("[", "\\[") for text in cells))
+        table.add_row(*map(escape, cells))
     console.print(table)
 
 

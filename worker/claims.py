@@ -4,7 +4,7 @@ A claim raises the row's fence. Every later write carries that fence and the con
 job is still held; it changes nothing, and raises ``LeaseLost``, once another attempt has begun.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +13,11 @@ from sqlalchemy.orm import Session
 
 from app.db import now
 from app.jobs.events import event
-from app.jobs.states import Phase, Reason, Status
+from app.jobs.states import Phase, Reason, Status, may_move
 from app.tables import JobRow
 
 HELD = [status for status in Status if status.is_held]
+RECOVERIES_LIMIT = 10  # times that a job may be held by a service that is killed
 
 
 class LeaseLost(Exception):
@@ -29,6 +30,11 @@ class Lease:
     fence: int
     attempt: int
     spec: Mapping[str, Any]
+    runtime: float
+    """Seconds that earlier attempts have worked."""
+
+
+LEASE = (JobRow.id, JobRow.fence, JobRow.attempt, JobRow.spec, JobRow.runtime)
 
 
 class Claims:
@@ -64,13 +70,13 @@ class Claims:
                 started_at=func.coalesce(JobRow.started_at, now()),
                 updated_at=now(),
             )
-            .returning(JobRow.id, JobRow.fence, JobRow.attempt, JobRow.spec)
+            .returning(*LEASE)
         )
         with Session(self._engine) as session, session.begin():
             row = session.execute(take).one_or_none()
             if row is None:
                 return None
-            lease = Lease(row.id, row.fence, row.attempt, row.spec)
+            lease = Lease(*row)
             session.execute(
                 event(lease.job_id, "job.running", f"Attempt {lease.attempt} has begun.")
             )
@@ -85,7 +91,7 @@ class Claims:
         return Status(status)
 
     def extend(self, session: Session, lease: Lease, **values: Any) -> Status:
-        """Heartbeat: move the lease on and carry progress out, in the caller's transaction."""
+        """Heartbeat: move the lease on and carry values out, in the caller's transaction."""
         statement = (
             update(JobRow)
             .where(*self._held(lease))
@@ -112,14 +118,14 @@ class Claims:
     def cancel(self, lease: Lease) -> None:
         self._end(lease, Status.CANCELLED, "The job was cancelled while it ran.")
 
-    def release(self, lease: Lease, why: str) -> None:
+    def release(self, lease: Lease, why: str, **values: Any) -> None:
         """Put a drained job back; the attempt does not count."""
         with self.transaction() as session, session.begin():
             status = self.extend(session, lease)
             if status is Status.CANCELLING:
                 self._finish(session, lease, Status.CANCELLED, "The job was cancelled.")
                 return
-            self._requeue(session, lease, why, attempt=JobRow.attempt - 1)
+            self._requeue(session, lease, why, attempt=JobRow.attempt - 1, **values)
 
     def lose(self, lease: Lease, reason: Reason, why: str) -> None:
         """Put a job back whose trainer has died, or fail it after the last attempt."""
@@ -127,25 +133,41 @@ class Claims:
             self._lose(session, lease, reason, why)
 
     def recover(self) -> int:
-        """Put back what this worker held before it died. The caller knows that it is alone."""
+        """Put back what this worker held before it died. The caller knows that it is alone.
+
+        The service died, not the job, so the attempt does not count; but a job that takes the
+        service down with it each time must not come back for ever.
+        """
         with self.transaction() as session, session.begin():
             held = session.execute(
-                select(JobRow.id, JobRow.fence, JobRow.attempt, JobRow.spec).where(
+                select(*LEASE, JobRow.recoveries).where(
                     JobRow.worker == self._worker, JobRow.status.in_(HELD)
                 )
             ).all()
-        for row in held:
-            # The service died, not the job: the attempt does not count.
-            self.release(
-                Lease(*row), "The service was restarted; the job goes on from its last checkpoint."
-            )
+        for *values, recoveries in held:
+            self._recover(Lease(*values), recoveries + 1)
         return len(held)
+
+    def _recover(self, lease: Lease, recoveries: int) -> None:
+        if recoveries > RECOVERIES_LIMIT:
+            self.fail(
+                lease,
+                Reason.INTERNAL,
+                f"The service died {recoveries} times while it held this job.",
+                "Its log has the details. Please report it.",
+            )
+        else:
+            self.release(
+                lease,
+                "The service was restarted; the job goes on from its last checkpoint.",
+                recoveries=recoveries,
+            )
 
     def reap(self) -> int:
         """Put back every job whose lease has run out."""
         with self.transaction() as session, session.begin():
             expired = session.execute(
-                select(JobRow.id, JobRow.fence, JobRow.attempt, JobRow.spec)
+                select(*LEASE)
                 .where(JobRow.status.in_(HELD), JobRow.lease_until < now())
                 .with_for_update(skip_locked=True)
             ).all()
@@ -154,6 +176,17 @@ class Claims:
                     session, Lease(*row), Reason.WORKER_LOST, "The worker's heartbeat stopped."
                 )
         return len(expired)
+
+    def over(self, job_ids: Collection[str]) -> dict[str, str | None]:
+        """Of these jobs, those that exist and are over, each with its reason."""
+        terminal = [status for status in Status if status.is_terminal]
+        with Session(self._engine.execution_options(writes=False)) as session:
+            rows = session.execute(
+                select(JobRow.id, JobRow.reason).where(
+                    JobRow.id.in_(job_ids), JobRow.status.in_(terminal)
+                )
+            )
+            return {row.id: row.reason for row in rows}
 
     def _lose(self, session: Session, lease: Lease, reason: Reason, why: str) -> None:
         status = self.extend(session, lease)
@@ -208,9 +241,10 @@ class Claims:
     def _move(
         self, session: Session, lease: Lease, status: Status, type_: str, why: str, **values: Any
     ) -> None:
+        origins = [origin for origin in HELD if may_move(origin, status)]
         statement = (
             update(JobRow)
-            .where(*self._held(lease))
+            .where(*self._held(lease), JobRow.status.in_(origins))
             .values(status=status, updated_at=now(), **values)
         )
         outcome = session.execute(statement)

@@ -9,6 +9,7 @@ writes a checkpoint and goes back to the queue.
 
 import fcntl
 import platform
+import secrets
 import signal
 import sys
 import threading
@@ -18,13 +19,12 @@ from types import FrameType
 from typing import IO
 
 import structlog
-from sqlalchemy.exc import OperationalError
 
 from app.db import make_engine
 from app.logs import configure_logs
 from app.parent import die_with_parent
 from app.settings import Settings, get_settings
-from app.storage import ArtifactStore
+from app.storage import ArtifactStore, make_private
 from worker.claims import Claims
 from worker.fetch import Fetcher
 from worker.supervisor import Supervisor
@@ -41,8 +41,8 @@ class AlreadyRunning(Exception):
 
 def lock(data_dir: Path) -> IO[str]:
     """Be the only dispatcher of a data folder for as long as the returned file is open."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    file = (data_dir / "dispatcher.lock").open("w")
+    make_private(data_dir)
+    file = (data_dir / "dispatcher.lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -54,13 +54,24 @@ def lock(data_dir: Path) -> IO[str]:
     return file
 
 
+def name_of(file: IO[str]) -> str:
+    """The worker's name, kept in the lock's file: a machine may be called otherwise tomorrow."""
+    file.seek(0)
+    name = file.read().strip()
+    if not name:
+        name = f"{platform.node()}-{secrets.token_hex(4)}"
+        file.write(name + "\n")
+        file.flush()
+    return name
+
+
 class Dispatcher:
-    def __init__(self, settings: Settings, draining: threading.Event) -> None:
+    def __init__(self, settings: Settings, worker: str, draining: threading.Event) -> None:
         engine = make_engine(settings.database)
         store = ArtifactStore.local(settings.artifacts_dir)
         self._claims = Claims(
             engine,
-            worker=f"{platform.node()}:{settings.data_dir}",
+            worker=worker,
             lease_seconds=settings.lease_seconds,
             max_attempts=settings.max_attempts,
         )
@@ -78,8 +89,8 @@ class Dispatcher:
             try:
                 if not self._turn():
                     self._draining.wait(self._poll_seconds)
-            except OperationalError:
-                log.exception("the database cannot be reached; trying again")
+            except Exception:  # one job's trouble, or the database's, is not the others' end
+                log.exception("this turn failed; trying again")
                 self._draining.wait(RETRY_SECONDS)
         log.info("dispatcher drained")
 
@@ -88,6 +99,7 @@ class Dispatcher:
         if time.monotonic() > self._reap_at:
             self._reap_at = time.monotonic() + REAP_SECONDS
             self._claims.reap()
+            self._supervisor.sweep()
         lease = self._claims.claim_next()
         if lease is None:
             return False
@@ -107,8 +119,8 @@ def main() -> int:
     signal.signal(signal.SIGTERM, drain)
     signal.signal(signal.SIGINT, drain)
     try:
-        with lock(settings.data_dir):
-            Dispatcher(settings, draining).run()
+        with lock(settings.data_dir) as file:
+            Dispatcher(settings, name_of(file), draining).run()
     except AlreadyRunning as error:
         log.error(str(error))
         return 2

@@ -10,13 +10,16 @@
 
 import json
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from worker.training.config import BaseModel, DataFile, TrainingJob
+from worker.training.files import sync
 
 JOB_FILE = "job.json"
 LOG_FILE = "trainer.log"
+CHECKPOINTS = "checkpoints"
 
 
 def write_job(
@@ -27,17 +30,20 @@ def write_job(
     dataset: DataFile,
     validation: DataFile | None,
 ) -> None:
-    """Describe the job to the trainer. Whole or not at all: a torn file is never read."""
+    """Describe the job to the trainer. Whole or not at all, and on the disk when this returns."""
     record = {
         "job_id": job_id,
         "spec": spec,
         "base_model": asdict(base_model),
         "dataset": asdict(dataset),
         "validation": asdict(validation) if validation else None,
+        "clock": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     partial = folder / (JOB_FILE + ".part")
     partial.write_text(json.dumps(record, default=str, indent=1))
+    sync(partial)
     partial.rename(folder / JOB_FILE)
+    sync(folder)
 
 
 def read_job(folder: Path) -> TrainingJob:
@@ -48,6 +54,7 @@ def read_job(folder: Path) -> TrainingJob:
         base_model=_base_model(record["base_model"]),
         dataset=_data_file(record["dataset"]),
         validation=_data_file(record["validation"]) if record["validation"] else None,
+        clock=datetime.fromisoformat(record["clock"]),
     )
 
 

@@ -1,6 +1,7 @@
 """What a trainer says to its supervisor: one JSON object a line, on a pipe of their own."""
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import IO, Any
@@ -44,4 +45,21 @@ def read_messages(descriptor: int) -> Iterator[Message]:
     with os.fdopen(descriptor, encoding="utf-8") as pipe:
         for line in pipe:
             if line.endswith("\n"):  # a trainer that is killed may leave half a line
-                yield json.loads(line)
+                yield _storable(json.loads(line))
+
+
+def _storable(value: Any) -> Any:
+    """What every database keeps and every client reads: no lone surrogate, no NUL, no NaN.
+
+    A message may quote a row, and a row may hold anything.
+    """
+    match value:
+        case str():
+            return value.encode(errors="backslashreplace").decode().replace("\0", "\\0")
+        case float() if not math.isfinite(value):
+            return None
+        case list():
+            return [_storable(part) for part in value]
+        case dict():
+            return {_storable(name): _storable(part) for name, part in value.items()}
+    return value

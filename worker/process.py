@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import TracebackType
 from typing import Literal
 
 from worker.inputs import LOG_FILE
@@ -18,37 +19,57 @@ PASSED_ON = (
 )  # fmt: skip
 FIXED = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matmuls on CUDA
-    "HF_HUB_OFFLINE": "1",
     "PYTHONUNBUFFERED": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "warning",
 }
+# Only what fetches a model may reach the hub, and has the token for it.
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
+DOWNLOADING = (
+    "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN", "HF_TOKEN_PATH",
+    "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "SSL_CERT_DIR", "SSL_CERT_FILE", "XDG_CACHE_HOME",
+    "https_proxy", "http_proxy", "no_proxy",
+)  # fmt: skip
 
-
-Task = Literal["train", "verify"]
+Task = Literal["download", "train", "verify"]
 
 
 class TrainerProcess:
-    """One run of ``worker.trainer`` in a session of its own."""
+    """One run of ``worker.trainer`` in a session of its own, gone when the block is left."""
 
-    def __init__(self, task: Task, folder: Path) -> None:
+    def __init__(self, task: Task, folder: Path, *arguments: str) -> None:
         reading, writing = os.pipe()
-        environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+        command = [sys.executable, "-P", "-m", "worker.trainer", task, str(folder), str(writing)]
         try:
             with (folder / LOG_FILE).open("ab") as log:
                 # -P: a folder called `app` where the service was started must not shadow ours.
                 self._process = subprocess.Popen(  # noqa: S603 - our own module and folder
-                    [sys.executable, "-P", "-m", "worker.trainer", task, str(folder), str(writing)],
+                    [*command, *arguments],
                     stdin=subprocess.PIPE,  # never written to: its end tells the trainer to leave
                     stdout=log,
                     stderr=log,
                     pass_fds=[writing],
-                    env=environment | FIXED,
+                    env=_environment(task),
                     start_new_session=True,
                 )
+        except BaseException:
+            os.close(reading)
+            raise
         finally:
             os.close(writing)
         self._reading = reading
+
+    def __enter__(self) -> "TrainerProcess":
+        return self
+
+    def __exit__(
+        self,
+        _type: type[BaseException] | None,
+        _error: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None:
+        self.kill()
+        self.wait()
 
     @property
     def pid(self) -> int:
@@ -77,6 +98,12 @@ class TrainerProcess:
             return
         except PermissionError:  # macOS says this of a group of which only zombies are left
             return
+
+
+def _environment(task: Task) -> dict[str, str]:
+    names = PASSED_ON + (DOWNLOADING if task == "download" else ())
+    passed = {name: os.environ[name] for name in names if name in os.environ}
+    return passed | FIXED | ({} if task == "download" else OFFLINE)
 
 
 def out_of_memory_kills() -> int:

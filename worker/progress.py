@@ -1,6 +1,7 @@
 """Between the trainer's messages and the job's row: gathered here, written about once a second."""
 
 import threading
+import time
 from typing import Any
 
 from sqlalchemy import Insert
@@ -9,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from app.jobs.events import event
 from app.jobs.states import Phase, Status
-from app.tables import MetricRow
+from app.tables import JobRow, MetricRow
 from worker.claims import Claims, Lease
 from worker.pipe import Message
 
@@ -21,9 +22,11 @@ class Progress:
         self._claims = claims
         self._lease = lease
         self._lock = threading.Lock()
+        self._flushing = threading.Lock()
         self._row: dict[str, Any] = {}
         self._metrics: list[dict[str, Any]] = []
         self._events: list[Insert] = []
+        self._written_at = time.monotonic()
 
     def phase(self, phase: Phase) -> None:
         with self._lock:
@@ -45,14 +48,24 @@ class Progress:
                     self._event(message["type"], message["message"], message["data"])
 
     def flush(self) -> Status:
-        """Extend the lease and write what has gathered. Raises ``LeaseLost``."""
+        """Extend the lease and write what has gathered. Raises ``LeaseLost``.
+
+        When it returns, all that was taken before is in the database, also what another thread was
+        about to write.
+        """
+        with self._flushing:
+            return self._flush()
+
+    def _flush(self) -> Status:
         with self._lock:
             row, self._row = self._row, {}
             metrics, self._metrics = self._metrics, []
             events, self._events = self._events, []
+        worked = time.monotonic() - self._written_at
         try:
             with self._claims.transaction() as session, session.begin():
-                status = self._claims.extend(session, self._lease, **row)
+                runtime = JobRow.runtime + worked
+                status = self._claims.extend(session, self._lease, runtime=runtime, **row)
                 for metric in metrics:
                     session.execute(upsert_metric(session, metric))
                 for statement in events:
@@ -60,6 +73,7 @@ class Progress:
         except BaseException:
             self._put_back(row, metrics, events)
             raise
+        self._written_at += worked
         return status
 
     @property
@@ -70,6 +84,7 @@ class Progress:
     def _step(self, message: Message) -> None:
         metrics = message["metrics"]
         self._row.update(step=message["step"], total_steps=message["total"], progress=metrics)
+        self._row.update(recoveries=0)  # whatever killed the service, it was not this job at once
         self._metric("train", message["step"], metrics)
 
     def _held_out(self, message: Message) -> None:

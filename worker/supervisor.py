@@ -1,9 +1,9 @@
 """One job from its claim to its end, in this process; the training itself runs in another."""
 
-import errno
 import shutil
 import signal
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from app.settings import Settings
 from app.storage import ArtifactStore
 from worker.claims import Claims, Lease, LeaseLost
 from worker.fetch import Fetcher
-from worker.inputs import JOB_FILE, LOG_FILE
+from worker.inputs import CHECKPOINTS, JOB_FILE, LOG_FILE
 from worker.pipe import Message
 from worker.process import Task, TrainerProcess, out_of_memory_kills
 from worker.progress import Progress
 from worker.publish import publish
-from worker.training.errors import JobError
+from worker.training.errors import DiskFull, JobError, is_disk_full
 from worker.watch import Stop, Watch
 
 log = structlog.get_logger()
@@ -67,84 +67,83 @@ class Supervisor:
         logger = log.bind(job_id=lease.job_id, attempt=lease.attempt, fence=lease.fence)
         logger.info("job claimed")
         try:
-            is_over = self._attempt(lease)
+            self._attempt(lease)
         except LeaseLost:
             logger.warning("lease lost: somebody else holds the job now")
-            return
-        logger.info("attempt ended", is_over=is_over)
-        if is_over:
-            self._clear(self._folder(lease))
+        else:
+            logger.info("attempt ended")
+        self.sweep()
 
-    def _attempt(self, lease: Lease) -> bool:
-        """Work under the lease and write how that ended. True if the job is over."""
+    def _attempt(self, lease: Lease) -> None:
+        """Work under the lease and write how that ended."""
         progress = Progress(self._claims, lease)
         with Watch(self._settings, self._claims, lease, progress, self._draining) as watch:
             try:
                 result, adapter = self._work(lease, progress, watch)
             except Interrupted:
                 progress.flush()
-                return self._yield_to(watch.stop, lease)
+                self._yield_to(watch.stop, lease)
             except TrainerDied as death:
                 progress.flush()
                 self._claims.lose(lease, death.reason, str(death))
-                return lease.attempt >= self._settings.max_attempts
             except (SQLAlchemyError, LeaseLost):
                 raise  # nothing can be written now; the lease will run out
             except Exception as error:
                 progress.flush()
                 self._claims.fail(lease, *explain(error, lease))
-                return True
-            progress.flush()
-            self._claims.succeed(lease, result=result, adapter=adapter)
-            return True
+            else:
+                progress.flush()
+                self._claims.succeed(lease, result=result, adapter=adapter)
 
     def _work(
         self, lease: Lease, progress: Progress, watch: Watch
     ) -> tuple[dict[str, Any], dict[str, Any] | None]:
         folder = self._folder(lease)
         folder.mkdir(parents=True, exist_ok=True)
-        self._fetcher.fetch(folder, lease.job_id, dict(lease.spec))
-        result = self._run_trainer("train", folder, progress, watch)
-        if result is None:
-            raise TrainerDied(0, Reason.INTERNAL)
+
+        def download(name: str, revision: str | None) -> Path:
+            what = "description" if lease.spec["dry_run"] else "all"
+            found = self._run("download", folder, progress, watch, name, revision or "", what)
+            return Path(found["path"])
+
+        self._fetcher.fetch(folder, lease.job_id, dict(lease.spec), download)
+        result = self._run("train", folder, progress, watch)
         if lease.spec["dry_run"]:
             return result, None
         progress.phase(Phase.PUBLISHING)
-        self._run_trainer("verify", folder, progress, watch)
+        self._run("verify", folder, progress, watch)
         manifest = publish(self._store, lease.job_id, folder, result)
         return manifest["result"], manifest["adapter"]
 
-    def _run_trainer(
-        self, task: Task, folder: Path, progress: Progress, watch: Watch
-    ) -> dict[str, Any] | None:
+    def _run(
+        self, task: Task, folder: Path, progress: Progress, watch: Watch, *arguments: str
+    ) -> dict[str, Any]:
         """Run one trainer process to its end and return the result that it reported."""
         if watch.stop:
             raise Interrupted
         oom_kills = out_of_memory_kills()
-        trainer = TrainerProcess(task, folder)
-        watch.attach(trainer)
-        result, failure = None, None
-        for message in trainer.messages():
-            match message["kind"]:
-                case "result":
-                    result = message["result"]
-                case "failed":
-                    failure = message
-                case _:
-                    progress.take(message)
-        watch.attach(None)
-        code = trainer.wait()
+        result = failure = None
+        with TrainerProcess(task, folder, *arguments) as trainer, watch.over(trainer):
+            for message in trainer.messages():
+                match message["kind"]:
+                    case "result":
+                        result = message["result"]
+                    case "failed":
+                        failure = message
+                    case _:
+                        progress.take(message)
+            code = trainer.wait()
         if failure:
             raise ReportedFailure(failure)
-        if code == 0:
-            return result
+        if code == 0 and result is not None:
+            return dict(result)
         if watch.stop:
             raise Interrupted
         starved = code == -signal.SIGKILL and out_of_memory_kills() > oom_kills
         raise TrainerDied(code, Reason.HOST_OUT_OF_MEMORY if starved else Reason.WORKER_LOST)
 
-    def _yield_to(self, stop: Stop | None, lease: Lease) -> bool:
-        """Do what was wished for. True if that ends the job."""
+    def _yield_to(self, stop: Stop | None, lease: Lease) -> None:
+        """Do what was wished for."""
         match stop:
             case Stop.CANCEL:
                 self._claims.cancel(lease)
@@ -158,21 +157,33 @@ class Supervisor:
                 )
             case Stop.DRAIN:
                 self._claims.release(lease, "The worker stops; the job goes on from a checkpoint.")
-                return False
             case _:
                 raise LeaseLost(lease.job_id)
-        return True
 
     def _folder(self, lease: Lease) -> Path:
         return self._settings.work_dir / lease.job_id
 
-    @staticmethod
-    def _clear(folder: Path) -> None:
-        """Of a job that is over only the description and the log stay on the worker."""
+    def sweep(self) -> None:
+        """Clear what jobs have left that were over before anybody could."""
+        folders = [path for path in self._settings.work_dir.glob("*/*") if path.is_dir()]
+        over = self._claims.over({path.parent.name for path in folders})
+        for job_id, reason in over.items():
+            clear(self._settings.work_dir / job_id, reason)
+
+
+def clear(folder: Path, reason: str | None) -> None:
+    """Of a job that is over only the description and the log stay on the worker.
+
+    Where the loss has diverged the last checkpoints stay too: they are from before that.
+    """
+    kept = {JOB_FILE, LOG_FILE} | ({CHECKPOINTS} if reason == Reason.LOSS_DIVERGED else set())
+    with suppress(OSError):
         for path in folder.iterdir():
+            if path.name in kept:
+                continue
             if path.is_dir():
-                shutil.rmtree(path)
-            elif path.name not in {JOB_FILE, LOG_FILE}:
+                shutil.rmtree(path, ignore_errors=True)
+            else:
                 path.unlink()
 
 
@@ -183,11 +194,7 @@ def explain(error: Exception, lease: Lease) -> tuple[Reason, str, str | None]:
             return error.failed_for, error.message, error.hint
         case JobError():
             return Reason(error.reason), error.message, error.hint
-        case OSError(errno=errno.ENOSPC):
-            return (
-                Reason.DISK_FULL,
-                "The worker's disk is full.",
-                "Free some space below the data folder, then submit the job again.",
-            )
+    if is_disk_full(error):
+        return explain(DiskFull(), lease)
     log.error("attempt failed", job_id=lease.job_id, exc_info=error)
     return Reason.INTERNAL, "The worker met an error of its own.", "See the worker's log."

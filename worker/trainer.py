@@ -1,24 +1,27 @@
 """The trainer process: one job, then the end. It holds no key to the database or the broker.
 
-    python -m worker.trainer train  <job folder> <report descriptor>
-    python -m worker.trainer verify <job folder> <report descriptor>
+    python -m worker.trainer download <job folder> <report descriptor> <hub id> <revision> <what>
+    python -m worker.trainer train    <job folder> <report descriptor>
+    python -m worker.trainer verify   <job folder> <report descriptor>
+
+``what`` is ``all``, or ``description`` for a model without its weights.
 
 It stops at the next step when told to: SIGTERM means drain (checkpoint, exit 75), SIGUSR1 means
 cancel (exit 76). It dies with its supervisor: the kernel kills it where that can be asked for,
 and everywhere it leaves when its standard input is closed.
 """
 
-import errno
 import logging
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
 from app.parent import die_with_parent
 from worker.inputs import read_job
 from worker.pipe import PipeReporter
-from worker.training.errors import JobError, Stopped
+from worker.training.errors import DiskFull, JobError, Stopped, is_disk_full
 from worker.training.reporter import Wish
 
 DRAINED = 75  # EX_TEMPFAIL: try again later
@@ -48,31 +51,52 @@ class Signals:
 
 def main() -> int:
     die_with_parent()
-    task, folder, descriptor = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    task, folder, descriptor, *arguments = sys.argv[1:]
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    control, reporter = Signals(), PipeReporter(descriptor)
+    control, reporter = Signals(), PipeReporter(int(descriptor))
     try:
-        if task == "verify":
-            _verify(folder)
-        else:
-            _train(folder, reporter, control)
+        TASKS[task](Path(folder), reporter, control, *arguments)
     except Stopped as stopped:
         return CANCELLED if stopped.wish == "cancel" else DRAINED
-    except JobError as error:
-        log.exception("the job failed: %s", error.reason)
-        reporter.failed(error.reason, error.message, error.hint)
-        return FAILED
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        log.exception("no space left")
-        reporter.failed(
-            "disk_full",
-            "The worker's disk is full.",
-            "Free some space below the data folder, then submit the job again.",
-        )
+    except Exception as error:
+        log.exception("the job failed")
+        failure = explain(error)
+        reporter.failed(failure.reason, failure.message, failure.hint)
         return FAILED
     return 0
+
+
+def explain(error: Exception) -> JobError:
+    """What the job's author is told: never the text of an error that we do not know.
+
+    An exception would come again if the job were run again, so it ends the job; a trainer that
+    the system kills says nothing, and its job is tried again.
+    """
+    if isinstance(error, JobError):
+        return error
+    if is_disk_full(error):
+        return DiskFull()
+    return JobError(
+        f"The trainer met an error of its own ({type(error).__name__}).",
+        "The trainer's log on the worker has the details. Please report it.",
+    )
+
+
+def _download(
+    _folder: Path,
+    reporter: PipeReporter,
+    _control: Signals,
+    name: str,
+    revision: str,
+    what: str,
+) -> None:
+    from worker.download import download_model
+
+    # Nobody waits for half a download, and what has come stays in the cache.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    path = download_model(name, revision or None, with_weights=what == "all")
+    reporter.result({"path": str(path)})
 
 
 def _train(folder: Path, reporter: PipeReporter, control: Signals) -> None:
@@ -81,10 +105,14 @@ def _train(folder: Path, reporter: PipeReporter, control: Signals) -> None:
     reporter.result(run(read_job(folder), folder, reporter, control))
 
 
-def _verify(folder: Path) -> None:
+def _verify(folder: Path, reporter: PipeReporter, _control: Signals) -> None:
     from worker.training.verify import verify
 
     verify(read_job(folder), folder)
+    reporter.result({})
+
+
+TASKS: dict[str, Callable[..., None]] = {"download": _download, "train": _train, "verify": _verify}
 
 
 if __name__ == "__main__":

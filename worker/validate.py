@@ -2,7 +2,8 @@
 
     python -m worker.validate '{"dataset": "rows.jsonl", "base_model": "folder", …}'
 
-Ends with 0 if every row can be used, 1 if not.
+Ends with 0 if the rows can be used, 1 if not. With ``"json": true`` it prints the report, or
+``{"error": {reason, message, hint}}``, on standard output.
 """
 
 import json
@@ -11,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from app.cli.output import FAILED, OK, USAGE, print_json
 from app.jobs.schemas import JobCreate
 from app.storage import sha256_of
+from app.uris import file_uri
 from worker.training.config import BaseModel, DataFile, TrainingJob
-from worker.training.errors import JobError
+from worker.training.errors import DatasetUnavailable, JobError
 
 out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True)
 
@@ -27,7 +31,7 @@ def describe(options: dict[str, Any]) -> TrainingJob:
     spec = JobCreate.model_validate(
         {
             "base_model": str(model),
-            "dataset_uri": f"file:{dataset}",
+            "dataset_uri": file_uri(dataset),
             "data": {name: options[name] for name in ("format", "max_length", "max_bad_rows")},
         }
     ).resolved()
@@ -72,7 +76,7 @@ def show(report: dict[str, Any]) -> None:
         return
     table = Table.grid(padding=(0, 2))
     for name, text in describe_report(report):
-        table.add_row(f"[dim]{name}[/]", text)
+        table.add_row(f"[dim]{name}[/]", escape(text))
     out.print(table)
     out.print("\nthe first row as the model sees it, with what it learns in green:")
     for segment in report["first_example"]:
@@ -80,28 +84,35 @@ def show(report: dict[str, Any]) -> None:
         out.print(segment["text"], style=style, markup=False, end="")
     out.print()
     for warning in report["warnings"]:
-        err.print(f"[yellow]warning[/]: {warning}")
+        err.print(f"[yellow]warning[/]: {escape(warning)}")
+
+
+def explain(error: JobError, *, as_json: bool) -> None:
+    if as_json:
+        told = {"reason": error.reason, "message": error.message, "hint": error.hint}
+        print_json({"error": told})
+    err.print(f"[bold red]error[/]: {escape(error.message)}")
+    if error.hint:
+        err.print(f"[dim]hint[/]: {escape(error.hint)}")
 
 
 def main() -> int:
     options = json.loads(sys.argv[1])
+    as_json = options["json"]
     if not Path(options["dataset"]).is_file():
-        err.print(f"[bold red]error[/]: there is no file {options['dataset']}")
-        return 2
-    job = describe(options)
+        missing = f"There is no file {options['dataset']}."
+        explain(DatasetUnavailable(missing, "Check the path."), as_json=as_json)
+        return USAGE
     try:
-        report = check(job, has_model=options["base_model"] is not None)
+        report = check(describe(options), has_model=options["base_model"] is not None)
     except JobError as error:
-        err.print("[bold red]error[/]:", end=" ")
-        err.print(error.message, markup=False)
-        if error.hint:
-            err.print(f"hint: {error.hint}", markup=False)
-        return 1
-    if options["json"]:
-        out.print_json(json.dumps(report))
+        explain(error, as_json=as_json)
+        return FAILED
+    if as_json:
+        print_json(report)
     else:
         show(report)
-    return 0
+    return OK
 
 
 if __name__ == "__main__":

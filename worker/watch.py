@@ -3,11 +3,12 @@
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from types import TracebackType
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
 
 from app.jobs.states import Status
 from app.settings import Settings
@@ -53,7 +54,8 @@ class Watch:
         self._kill_at = float("inf")
         self._heartbeat_at = time.monotonic()
         max_runtime = lease.spec["resources"]["max_runtime"]
-        self._deadline = time.monotonic() + max_runtime if max_runtime else float("inf")
+        left = max_runtime - lease.runtime if max_runtime else float("inf")
+        self._deadline = time.monotonic() + left
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
 
     def __enter__(self) -> "Watch":
@@ -73,12 +75,18 @@ class Watch:
     def stop(self) -> Stop | None:
         return self._stop
 
-    def attach(self, trainer: TrainerProcess | None) -> None:
-        """From now on wishes reach this trainer; one that came before reaches it at once."""
+    @contextmanager
+    def over(self, trainer: TrainerProcess) -> Iterator[None]:
+        """Inside the block wishes reach this trainer; one that came before reaches it at once."""
         with self._lock:
             self._trainer = trainer
             if self._stop:
                 self._send(self._stop)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._trainer = None
 
     def _watch(self) -> None:
         while not self._over.wait(TICK_SECONDS):
@@ -90,8 +98,9 @@ class Watch:
                 self._want(Stop.MAX_RUNTIME)
             if self._draining.is_set():
                 self._want(Stop.DRAIN)
-            if now > self._kill_at and self._trainer:
-                self._trainer.kill()
+            with self._lock:
+                if now > self._kill_at and self._trainer:
+                    self._trainer.kill()
 
     def _beat(self) -> None:
         due = time.monotonic() > self._heartbeat_at + self._settings.heartbeat_seconds
@@ -104,8 +113,8 @@ class Watch:
                 status = self._claims.wish(self._lease)
         except LeaseLost:
             self._want(Stop.LEASE_LOST)
-        except SQLAlchemyError as error:
-            log.warning("heartbeat failed", job_id=self._lease.job_id, error=str(error))
+        except Exception as error:  # this thread must go on: it is what stops a stuck trainer
+            log.warning("heartbeat failed", job_id=self._lease.job_id, exc_info=error)
         else:
             if status is Status.CANCELLING:
                 self._want(Stop.CANCEL)

@@ -8,6 +8,7 @@ from fastapi.responses import Response, StreamingResponse
 from app.adapters.content import Content
 from app.adapters.ranges import requested_range
 from app.errors import Responses
+from app.etags import names
 
 DOWNLOAD: Responses = {
     200: {
@@ -21,7 +22,7 @@ DOWNLOAD: Responses = {
 
 def answer(request: Request, content: Content) -> Response:
     headers = _headers(content)
-    if _matches(request.headers.get("if-none-match"), content.etag):
+    if names(request.headers.get("if-none-match"), content.etag):
         return Response(status_code=304, headers=headers)
     size = content.size
     wanted = None
@@ -48,11 +49,3 @@ def _headers(content: Content) -> dict[str, str]:
         "Content-Security-Policy": "sandbox",
         "Cache-Control": "private, no-cache",
     }
-
-
-def _matches(if_none_match: str | None, etag: str) -> bool:
-    """RFC 9110 §13.1.2: weak comparison, a list, or any."""
-    if if_none_match is None:
-        return False
-    listed = [part.strip().removeprefix("W/") for part in if_none_match.split(",")]
-    return "*" in listed or etag in listed

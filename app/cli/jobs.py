@@ -4,13 +4,14 @@ import tarfile
 import tempfile
 import uuid
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from app.cli.client import Client, Json
-from app.cli.output import USAGE, fail, out, print_json
+from app.cli.output import INTERRUPTED, USAGE, err, fail, out, print_json
 from app.cli.profile import Profile
 from app.cli.submit import (
     apply_settings,
@@ -29,8 +30,8 @@ JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job, job_�
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
 
 
-def connect() -> Client:
-    return Client(Profile.load(get_settings()))
+def connect(*, as_json: bool = False) -> Client:
+    return Client(Profile.load(get_settings()), as_json=as_json)
 
 
 @jobs.command()
@@ -64,7 +65,7 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Submit a job. What the options do not say comes from --file, then from the defaults."""
-    client, body = connect(), read_body(file)
+    client, body = connect(as_json=as_json), read_body(file)
     given: dict[str, Any] = {
         "base_model": base_model(model) if model else None,
         "dataset_uri": dataset_uri(client, dataset) if dataset else None,
@@ -89,7 +90,7 @@ def submit(
     if follow:
         if not as_json:
             out.print(f"submitted {job['id']}", highlight=False)
-        finish(watch(client, job["id"]), as_json=as_json)
+        follow_job(client, job["id"], as_json=as_json)
     show_job(job, as_json=as_json)
 
 
@@ -101,17 +102,22 @@ def list_jobs(
     as_json: AsJson = False,
 ) -> None:
     """List jobs, newest first."""
-    page = connect().get("/jobs", status=status, limit=limit, after=after)
+    page = connect(as_json=as_json).get("/jobs", status=status, limit=limit, after=after)
     if as_json:
         print_json(page)
         return
-    table = Table("job", "name", "base model", "σ", "rank", "status", "step", "progress", box=None)
+    if not page["items"]:
+        out.print("no more jobs" if after else "no such jobs" if status else "no jobs yet")
+        return
+    table = Table(box=None)
+    for title in ("job", "name", "base model", "σ", "rank", "status", "step", "progress"):
+        table.add_column(title, no_wrap=title == "job", overflow="fold")
     for job in page["items"]:
         steps = f"{job['step']}/{job['total_steps']}" if job["total_steps"] else ""
         progress = describe_progress(job["progress"]) if job["status"] == "running" else ""
         spec = job["spec"]
         table.add_row(
-            job["id"], job["name"] or "", spec["base_model"], str(spec["sigma"]),
+            job["id"], Text(job["name"] or ""), Text(spec["base_model"]), str(spec["sigma"]),
             str(spec["rank"]), describe_status(job), steps, progress,
         )  # fmt: skip
     out.print(table)
@@ -122,19 +128,19 @@ def list_jobs(
 @jobs.command()
 def show(job_id: JobId, as_json: AsJson = False) -> None:
     """Show one job: its settings, its state, its results."""
-    show_job(connect().get(f"/jobs/{job_id}"), as_json=as_json)
+    show_job(connect(as_json=as_json).get(f"/jobs/{job_id}"), as_json=as_json)
 
 
 @jobs.command("watch")
 def watch_job(job_id: JobId, as_json: AsJson = False) -> None:
     """Follow a job to its end: step, loss, σ and the time that is left."""
-    finish(watch(connect(), job_id), as_json=as_json)
+    follow_job(connect(as_json=as_json), job_id, as_json=as_json)
 
 
 @jobs.command()
 def cancel(job_id: JobId, as_json: AsJson = False) -> None:
     """Ask for a job to be stopped. Asking twice does no harm."""
-    show_job(connect().post(f"/jobs/{job_id}/cancel"), as_json=as_json)
+    show_job(connect(as_json=as_json).post(f"/jobs/{job_id}/cancel"), as_json=as_json)
 
 
 @jobs.command()
@@ -153,7 +159,7 @@ def download(
             "Name another with --to.",
             code=USAGE,
         )
-    client = connect()
+    client = connect(as_json=as_json)
     with tempfile.TemporaryDirectory() as temporary:
         archive = Path(temporary) / "adapter.tar"
         client.download(f"/jobs/{job_id}/adapter", archive)
@@ -162,7 +168,7 @@ def download(
     if as_json:
         print_json({"job_id": job_id, "folder": str(folder.resolve())})
     else:
-        out.print(f"adapter in {folder}", highlight=False)
+        out.print(f"adapter in {folder}", markup=False, highlight=False)
 
 
 def unpack(archive: Path, folder: Path) -> None:
@@ -174,8 +180,13 @@ def unpack(archive: Path, folder: Path) -> None:
                 (folder / Path(member.name).name).write_bytes(source.read())
 
 
-def finish(job: Json, *, as_json: bool) -> None:
-    """Print how a followed job ended, and end the command likewise."""
+def follow_job(client: Client, job_id: str, *, as_json: bool) -> NoReturn:
+    """Follow a job, print how it ended, and end the command likewise."""
+    try:
+        job = watch(client, job_id)
+    except KeyboardInterrupt:
+        err.print(f"The job goes on. See it again with: flatlora jobs watch {job_id}")
+        raise typer.Exit(INTERRUPTED) from None
     if as_json:
         print_json(job)
     else:
@@ -203,7 +214,7 @@ def show_job(job: Json, *, as_json: bool) -> None:
     ]
     for name, value in rows:
         if value:
-            table.add_row(f"[dim]{name}[/]", str(value).replace("[", "\\["))
+            table.add_row(f"[dim]{name}[/]", Text(str(value)))
     out.print(table)
     if job["status"] in {"succeeded", "failed"}:
         print_outcome(job)

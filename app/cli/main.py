@@ -12,8 +12,9 @@ from pydantic import ValidationError
 
 from app import __version__
 from app.cli.jobs import jobs
-from app.cli.output import FAILED, USAGE, fail
+from app.cli.output import FAILED, USAGE, fail, print_json
 from app.cli.up import run_api, run_up
+from app.jobs.schemas import RowFormat
 from app.settings import get_settings
 
 cli = typer.Typer(
@@ -49,9 +50,9 @@ def validate(
         Path | None,
         typer.Option("--base-model", "-m", help="Folder of a base model: its tokenizer"),
     ] = None,
-    format_: Annotated[str, typer.Option("--format", help="How rows are read.")] = "auto",
-    max_length: Annotated[int, typer.Option(help="Tokens per row.")] = 1024,
-    max_bad_rows: Annotated[int, typer.Option(help="Unreadable rows to allow.")] = 0,
+    format_: Annotated[RowFormat, typer.Option("--format", help="How rows are read.")] = "auto",
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens per row.")] = 1024,
+    max_bad_rows: Annotated[int, typer.Option(min=0, help="Unreadable rows to allow.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Check a dataset here, without a service: every row, and how it renders for a model."""
@@ -73,9 +74,14 @@ def validate(
 
 
 @cli.command()
-def version() -> None:
+def version(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
     """Print the version."""
-    typer.echo(f"flatlora {__version__}")
+    if as_json:
+        print_json({"version": __version__})
+    else:
+        typer.echo(f"flatlora {__version__}")
 
 
 def main() -> None:

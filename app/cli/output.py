@@ -1,7 +1,7 @@
 """What the command line prints, and with which code it ends.
 
 0 done · 1 the job failed, or the service refused · 2 wrong usage · 3 the job was cancelled ·
-4 the service cannot be reached
+4 the service cannot be reached · 130 Ctrl-C
 """
 
 import json
@@ -11,10 +11,14 @@ from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 OK, FAILED, USAGE, CANCELLED, UNREACHABLE = range(5)
+INTERRUPTED = 130  # as shells say it: 128 and the number of SIGINT
 
-out = Console(soft_wrap=True)
+PIPED_WIDTH = 400  # of tables: for other programs a line is a row
+
+out = Console(soft_wrap=True, width=None if sys.stdout.isatty() else PIPED_WIDTH)
 err = Console(stderr=True, soft_wrap=True)
 
 
@@ -24,22 +28,20 @@ def print_json(value: Any) -> None:
 
 
 def fail(message: str, hint: str | None = None, *, code: int = FAILED) -> NoReturn:
-    err.print(f"[bold red]error[/]: {_plain(message)}", highlight=False)
+    """A name of the user's is data: brackets in it are not markup."""
+    err.print(f"[bold red]error[/]: {escape(message)}", highlight=False)
     if hint:
-        err.print(f"[dim]hint[/]: {_plain(hint)}", highlight=False)
+        err.print(f"[dim]hint[/]: {escape(hint)}", highlight=False)
     raise typer.Exit(code)
 
 
-def fail_with_problem(problem: Mapping[str, Any]) -> NoReturn:
-    """Show an RFC 9457 problem: its sentence, each fault, the hint."""
+def fail_with_problem(problem: Mapping[str, Any], *, as_json: bool, code: int = FAILED) -> NoReturn:
+    """Show an RFC 9457 problem: its sentence, each fault, the hint; as JSON the whole of it too."""
+    if as_json:
+        print_json({"error": problem})
     lines = [str(problem.get("detail") or problem.get("title") or "the request failed")]
     lines += [
         f"  {fault.get('pointer', '')}: {fault.get('detail', '')}"
         for fault in problem.get("errors", [])
     ]
-    fail("\n".join(lines), problem.get("hint"))
-
-
-def _plain(text: str) -> str:
-    """A job's name is data: brackets in it are not markup."""
-    return text.replace("[", "\\[")
+    fail("\n".join(lines), problem.get("hint"), code=code)

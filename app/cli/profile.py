@@ -2,7 +2,9 @@
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
+from app.cli.output import USAGE, fail
 from app.settings import Settings
 
 
@@ -14,8 +16,22 @@ class Profile:
     @classmethod
     def load(cls, settings: Settings) -> "Profile":
         """``FLATLORA_URL`` and ``FLATLORA_API_KEY``, else the service of this data folder."""
-        url = os.environ.get("FLATLORA_URL", settings.base_url)
+        url = (os.environ.get("FLATLORA_URL") or settings.base_url).rstrip("/")
         key = os.environ.get("FLATLORA_API_KEY")
-        if key is None and settings.key_file.exists():
-            key = settings.key_file.read_text().strip()
-        return cls(url.rstrip("/"), key)
+        # The key of this folder's service is nobody else's business.
+        if key is None and url == settings.base_url:
+            key = _read_key(settings.key_file)
+        return cls(url, key)
+
+
+def _read_key(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        return None
+    except PermissionError:
+        fail(
+            f"the key in {path} is another user's",
+            "Ask them for it and set FLATLORA_API_KEY, or set FLATLORA_URL and FLATLORA_DATA_DIR.",
+            code=USAGE,
+        )

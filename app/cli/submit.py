@@ -6,6 +6,7 @@ from typing import Any
 
 from app.cli.client import Client, Json
 from app.cli.output import USAGE, err, fail
+from app.uris import file_uri
 
 
 def read_body(file: Path | None) -> Json:
@@ -24,8 +25,16 @@ def read_body(file: Path | None) -> Json:
 def set_path(body: Json, path: str, value: Any) -> None:
     """``training.learning_rate`` is a place in a tree."""
     *groups, name = path.split(".")
-    for group in groups:
-        body = body.setdefault(group, {})
+    for depth, group in enumerate(groups, 1):
+        found: Any = body.setdefault(group, {})
+        if not isinstance(found, dict):
+            place = ".".join(groups[:depth])
+            fail(
+                f"{path} cannot be set: {place} is {json.dumps(found)}, expected a group of fields",
+                f"Give {place} as an object, or leave it out.",
+                code=USAGE,
+            )
+        body = found
     body[name] = value
 
 
@@ -61,11 +70,11 @@ def dataset_uri(client: Client, given: str) -> str:
     if not path.is_file():
         fail(f"{given} is neither a file nor a dataset URI", code=USAGE)
     uploaded = client.upload(path)
-    err.print(f"uploaded {path.name} as {uploaded['uri']}", highlight=False)
+    err.print(f"uploaded {path.name} as {uploaded['uri']}", markup=False, highlight=False)
     return str(uploaded["uri"])
 
 
 def base_model(given: str) -> str:
     """A folder of this machine becomes a ``file:`` URI; anything else stays."""
     path = Path(given).expanduser()
-    return f"file:{path.resolve()}" if path.is_dir() else given
+    return file_uri(path.resolve()) if path.is_dir() else given

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -14,6 +15,7 @@ from app.auth import ensure_key
 from app.cli.output import FAILED, OK, err, fail
 from app.migrate import upgrade
 from app.settings import Settings
+from app.storage import make_private
 
 API = ("api", "app.serve")
 DISPATCHER = ("dispatcher", "worker.dispatcher")
@@ -86,7 +88,7 @@ def run_api(settings: Settings) -> int:
 
 def _run(settings: Settings, children: list[Child]) -> int:
     check_port(settings)
-    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    make_private(settings.data_dir)
     upgrade(settings.database)
     announce(settings)
     stopping = threading.Event()
@@ -141,19 +143,18 @@ def check_port(settings: Settings) -> None:
 
 def announce(settings: Settings) -> None:
     err.print(f"[bold]flatlora[/] on {settings.base_url}  (API pages: {settings.base_url}/docs)")
-    err.print(f"data folder    {settings.data_dir}", highlight=False)
-    err.print(f"datasets below {_folders(settings.dataset_roots)}", highlight=False)
-    err.print(f"models below   {_folders(settings.model_roots)}", highlight=False)
+    say = partial(err.print, markup=False, highlight=False)  # a folder's name is not markup
+    say(f"data folder    {settings.data_dir}")
+    say(f"datasets below {_folders(settings.dataset_roots)}")
+    say(f"models below   {_folders(settings.model_roots)}")
     if settings.auth == "none":
         err.print("[yellow]no key is asked for (FLATLORA_AUTH=none)[/]")
         return
     key, is_new = ensure_key(settings)
     if is_new:
-        err.print(
-            f"API key        {key}   (made now, kept in {settings.key_file})", highlight=False
-        )
+        say(f"API key        {key}   (made now, kept in {settings.key_file})")
     else:
-        err.print(f"API key        in {settings.key_file}", highlight=False)
+        say(f"API key        in {settings.key_file}")
 
 
 def _folders(roots: list[Path]) -> str:

@@ -50,14 +50,11 @@ def describe_status(job: Json) -> str:
 
 
 def watch(client: Client, job_id: str) -> Json:
-    """Follow a job to its end and return it. Interrupting leaves the job running."""
+    """Follow a job to its end and return it."""
     job = client.get(f"/jobs/{job_id}")
-    if job["status"] not in TERMINAL:
-        try:
-            job = _draw(client, job) if err.is_terminal else _print_changes(client, job)
-        except KeyboardInterrupt:
-            err.print(f"The job goes on. See it again with: flatlora jobs watch {job_id}")
-    return job
+    if job["status"] in TERMINAL:
+        return job
+    return _draw(client, job) if err.is_terminal else _print_changes(client, job)
 
 
 def _draw(client: Client, job: Json) -> Json:
@@ -109,7 +106,7 @@ def _until_over(client: Client, job: Json) -> Any:
         if job["status"] in TERMINAL:
             return
         time.sleep(POLL_SECONDS)
-        job = client.get(f"/jobs/{job['id']}")
+        job = client.poll(f"/jobs/{job['id']}")
 
 
 def exit_code(job: Json) -> int:

@@ -63,13 +63,13 @@ class UploadQuery(BaseModel):
 async def received(request: Request, query: Annotated[UploadQuery, Query()]) -> Upload:
     """The upload, stored, before a transaction is begun."""
     state, headers = request.state, request.headers
-    if headers.get("content-encoding", "identity") != "identity":
+    if headers.get("content-encoding", "identity").lower() != "identity":
         raise UnsupportedMediaType(
             "A body with a Content-Encoding is not taken.",
             "Send a compressed file as it is: filename=rows.jsonl.gz, no Content-Encoding.",
         )
     content_type = headers.get("content-type", "")
-    if content_type.startswith("multipart/form-data"):
+    if content_type.lower().startswith("multipart/form-data"):
         async with request.form(max_files=1, max_fields=8) as form:
             file = _file_part(form)
             check_size(file.size or 0, state.settings)

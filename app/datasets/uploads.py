@@ -100,7 +100,9 @@ def disposition_filename(header: str) -> str:
     """The file name in a Content-Disposition header (RFC 6266), if there is one."""
     message = Message()
     message["Content-Disposition"] = header
-    return message.get_filename("")
+    with suppress(ValueError):  # a charset that does not hold these bytes
+        return message.get_filename("")
+    return ""
 
 
 def safe_filename(name: str, media_type: str) -> str:

@@ -1,5 +1,6 @@
 """The routes of jobs."""
 
+import hashlib
 import re
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -26,6 +27,7 @@ from app.errors import (
     UnsupportedMediaType,
     problems,
 )
+from app.etags import names
 from app.faults import Fault
 from app.jobs.repository import JobFilter
 from app.jobs.schemas import LABEL_NAME, EventPage, Job, JobCreate, JobPage, MetricSeries
@@ -45,6 +47,8 @@ IdempotencyKey = Annotated[
         description="Makes a repeated request safe: the same key and body give the same job.",
     ),
 ]
+
+IfNoneMatch = Annotated[str | None, Header(description="The ETag of what the client has.")]
 
 
 def reading(request: Request, session: ReadSession) -> JobService:
@@ -163,12 +167,26 @@ async def list_jobs(
     )
 
 
-@router.get("/{job_id}", responses=problems(Unauthenticated, JobNotFound), summary="Show a job")
-async def get_job(job_id: str, jobs: Reading, response: Response) -> Job:
+@router.get(
+    "/{job_id}",
+    response_model=Job,
+    responses={
+        **problems(Unauthenticated, JobNotFound),
+        304: {"description": "The client has it: If-None-Match names its ETag."},
+    },
+    summary="Show a job",
+)
+async def get_job(job_id: str, jobs: Reading, if_none_match: IfNoneMatch = None) -> Response:
+    """Carries an `ETag`; sent back as `If-None-Match`, it is 304 until something has changed."""
     job = await jobs.get(job_id)
+    body = job.model_dump_json().encode()
+    etag = f'"{hashlib.sha256(body).hexdigest()}"'
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
     if not job.status.is_terminal:
-        response.headers["Retry-After"] = RETRY_SECONDS[job.status is Status.RUNNING]
-    return job
+        headers["Retry-After"] = RETRY_SECONDS[job.status is Status.RUNNING]
+    if names(if_none_match, etag):
+        return Response(status_code=304, headers=headers)
+    return Response(body, headers=headers, media_type="application/json")
 
 
 @router.post(

@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, case, func, insert, or_, select, tuple_, update
+from sqlalchemy import Select, case, func, insert, select, tuple_, update
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import defer
 
 from app.db import now
 from app.ids import is_id
@@ -50,8 +51,9 @@ class JobRepository:
     async def page(
         self, wanted: JobFilter, *, limit: int, after: tuple[datetime, str] | None
     ) -> Sequence[JobRow]:
-        """Newest first, from the row after a place in the list."""
-        statement = _filtered(select(JobRow), wanted)
+        """Newest first, from the row after a place in the list; without their reports."""
+        without_report = select(JobRow).options(defer(JobRow.report, raiseload=True))
+        statement = _filtered(without_report, wanted)
         if after:
             statement = statement.where(tuple_(JobRow.created_at, JobRow.id) < after)
         statement = statement.order_by(JobRow.created_at.desc(), JobRow.id.desc()).limit(limit)
@@ -60,19 +62,19 @@ class JobRepository:
 
     async def queue_positions(self, jobs: Sequence[JobRow]) -> dict[str, int]:
         """How many queued jobs will start before each of these."""
-        positions = {}
-        for job in jobs:
-            if job.status != Status.QUEUED:
-                continue
-            earlier = select(func.count()).where(
-                JobRow.status == Status.QUEUED,
-                or_(
-                    JobRow.created_at < job.created_at,
-                    (JobRow.created_at == job.created_at) & (JobRow.id < job.id),
-                ),
-            )
-            positions[job.id] = (await self._session.scalar(earlier)) or 0
-        return positions
+        waiting = sorted((job.created_at, job.id) for job in jobs if job.status == Status.QUEUED)
+        if not waiting:
+            return {}
+        place, is_queued = tuple_(JobRow.created_at, JobRow.id), JobRow.status == Status.QUEUED
+        before = select(func.count()).where(is_queued, place < waiting[0]).scalar_subquery()
+        since = func.row_number().over(order_by=(JobRow.created_at, JobRow.id))
+        queue = (
+            select(JobRow.id, (before + since - 1).label("earlier"))
+            .where(is_queued, place >= waiting[0], place <= waiting[-1])
+            .subquery()
+        )
+        wanted = select(queue).where(queue.c.id.in_([job_id for _, job_id in waiting]))
+        return {row.id: row.earlier for row in await self._session.execute(wanted)}
 
     async def cancel(self, job_id: str) -> None:
         """One statement, so that a job which moves meanwhile is either caught or over."""

@@ -16,6 +16,13 @@ REVISION = r"^[A-Za-z0-9][A-Za-z0-9_./-]{0,127}$"
 LABEL_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_./-]{0,62}$"
 LabelName = Annotated[str, Field(pattern=LABEL_NAME)]
 Label = Annotated[str, Field(max_length=256)]
+LayerName = Annotated[str, Field(min_length=1)]
+RowFormat = Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion"]
+Column = Literal[
+    "messages", "conversations", "tools", "system",
+    "instruction", "input", "output", "prompt", "completion",
+]  # fmt: skip
+"""The columns that the formats know."""
 
 
 def _holds_nul(value: object) -> bool:
@@ -44,20 +51,28 @@ class LoraOptions(Body):
     alpha: Annotated[float, Field(gt=0)] | None = Field(
         None, description="LoRA alpha; the update is scaled by alpha / rank. Default: 2 · rank."
     )
-    target_modules: list[str] | Literal["all-linear"] = Field(
+    target_modules: list[LayerName] | Literal["all-linear"] = Field(
         "all-linear",
         description="Layer names to adapt, or every linear layer but the head.",
     )
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     rslora: bool = Field(False, description="Scale by alpha / √rank instead of alpha / rank.")
 
+    @field_validator("target_modules")
+    @classmethod
+    def _some_layer(cls, layers: list[str] | str) -> list[str] | str:
+        """Not by min_length: the other half of the union would complain too, of another thing."""
+        if not layers:
+            raise ValueError("expected one layer name at least, or 'all-linear'")
+        return layers
+
 
 class DataOptions(Body):
-    format: Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion"] = Field(
+    format: RowFormat = Field(
         "auto",
         description="How a row is read. auto recognises and reports it.",
     )
-    mapping: dict[str, str] = Field(
+    mapping: dict[Column, str] = Field(
         default_factory=dict, description="Columns to rename: expected name → name in the file."
     )
     max_bad_rows: Annotated[int, Field(ge=0)] = Field(
@@ -164,6 +179,14 @@ class JobCreate(Body):
         False, description="Stop, and succeed, after the preflight report on the data."
     )
 
+    @field_validator("base_model_revision")
+    @classmethod
+    def _no_way_up(cls, revision: str | None) -> str | None:
+        """The hub's client makes a part of a path of it."""
+        if revision and ".." in revision:
+            raise ValueError("expected a commit, tag or branch, without '..'")
+        return revision
+
     def resolved(self) -> "JobCreate":
         """The same job with every default that depends on another field written out."""
         training, lora = self.training, self.lora
@@ -194,7 +217,9 @@ class Adapter(BaseModel):
     size: int
 
 
-class Job(BaseModel):
+class JobSummary(BaseModel):
+    """A job as a list shows it: all but the report, which holds a whole row of the data."""
+
     id: str
     name: str | None
     labels: dict[str, str]
@@ -207,7 +232,6 @@ class Job(BaseModel):
     attempt: int
     failure: Failure | None
     spec: JobCreate = Field(description="The job as asked for, every default written out.")
-    report: dict[str, Any] | None = Field(description="The preflight report on the data.")
     result: dict[str, Any] | None = Field(description="Held-out loss before and after, and more.")
     adapter: Adapter | None
     created_at: datetime
@@ -216,8 +240,12 @@ class Job(BaseModel):
     finished_at: datetime | None
 
 
+class Job(JobSummary):
+    report: dict[str, Any] | None = Field(description="The preflight report on the data.")
+
+
 class JobPage(BaseModel):
-    items: list[Job]
+    items: list[JobSummary]
     next: str | None = Field(description="Cursor of the next page: pass it as `after`.")
 
 
@@ -231,7 +259,9 @@ class Event(BaseModel):
 
 class EventPage(BaseModel):
     items: list[Event]
-    next: int | None = Field(description="Pass it as `after` for what comes next.")
+    next: int = Field(
+        description="Pass it as `after` for what comes next, also where nothing has come yet."
+    )
 
 
 class Metric(BaseModel):
@@ -243,17 +273,3 @@ class Metric(BaseModel):
 class MetricSeries(BaseModel):
     items: list[Metric]
     next: int | None = Field(description="Where more follows: pass it as `since_step`.")
-
-
-def _pointers(group: type[BaseModel], above: str = "") -> dict[str, str]:
-    """Where each field stands, by its name; the outer one where two have the same name."""
-    found: dict[str, str] = {}
-    for name, field in group.model_fields.items():
-        found[name] = f"{above}/{name}"
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            found = _pointers(field.annotation, f"{above}/{name}") | found
-    return found
-
-
-FIELD_POINTERS = _pointers(JobCreate)
-"""To suggest a place for a misspelt or misplaced field."""

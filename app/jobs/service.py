@@ -4,7 +4,6 @@ import asyncio
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any
@@ -30,6 +29,7 @@ from app.jobs.schemas import (
     Job,
     JobCreate,
     JobPage,
+    JobSummary,
     Metric,
     MetricSeries,
 )
@@ -80,7 +80,7 @@ class JobService:
             if key and (earlier := await self._replay(key, digest)):
                 return earlier, True
             raise
-        return (await self._present([row]))[0], False
+        return await self._present(row), False
 
     async def _replay(self, key: str, digest: str) -> Job | None:
         known = await self._jobs.remembered(key)
@@ -94,7 +94,7 @@ class JobService:
         return await self.get(known.job_id)
 
     async def get(self, job_id: str) -> Job:
-        return (await self._present([await self.row(job_id)]))[0]
+        return await self._present(await self.row(job_id))
 
     async def row(self, job_id: str) -> JobRow:
         row = await self._jobs.get(job_id)
@@ -111,13 +111,13 @@ class JobService:
                 f"The job is {row.status} and cannot be cancelled.",
                 "Only a job that is not over can be cancelled.",
             )
-        return (await self._present([row]))[0]
+        return await self._present(row)
 
     async def events(self, job_id: str, *, after: int, limit: int) -> EventPage:
         await self.row(job_id)
         rows = await self._jobs.events(job_id, after=after, limit=limit)
         items = [Event.model_validate(row, from_attributes=True) for row in rows]
-        return EventPage(items=items, next=items[-1].seq if items else None)
+        return EventPage(items=items, next=items[-1].seq if items else after)
 
     async def metrics(
         self, job_id: str, *, since_step: int, series: str | None, limit: int
@@ -141,6 +141,15 @@ class JobService:
             self._check_base_model(spec)
         except UriError as error:
             faults.append(_fault("/base_model", error))
+        if spec.base_model_revision and spec.base_model.startswith("file:"):
+            faults.append(
+                Fault(
+                    pointer="/base_model_revision",
+                    detail=f"{spec.base_model} is a folder, and a folder has no revisions; found "
+                    f"{spec.base_model_revision!r}. Leave it out, or name a model of the hub.",
+                    code="revision_not_allowed",
+                )
+            )
         for pointer, uri in _dataset_uris(spec):
             try:
                 check_dataset_scheme(uri)
@@ -168,16 +177,17 @@ class JobService:
                 faults.append(_fault(pointer, missing))
         return faults
 
-    async def _present(self, rows: Sequence[JobRow]) -> Sequence[Job]:
-        positions = await self._jobs.queue_positions(rows)
-        return [_present(row, positions.get(row.id)) for row in rows]
+    async def _present(self, row: JobRow) -> Job:
+        positions = await self._jobs.queue_positions([row])
+        return Job(**_summary(row, positions.get(row.id)), report=row.report)
 
     async def list(self, wanted: JobFilter, *, limit: int, after: str | None) -> JobPage:
         place = _place(after) if after else None
         rows = await self._jobs.page(wanted, limit=limit + 1, after=place)
         shown = rows[:limit]
+        positions = await self._jobs.queue_positions(shown)
         return JobPage(
-            items=await self._present(shown),
+            items=[JobSummary(**_summary(row, positions.get(row.id))) for row in shown],
             next=_cursor(shown[-1]) if len(rows) > limit else None,
         )
 
@@ -194,7 +204,7 @@ def _new_row(spec: JobCreate) -> dict[str, Any]:
     }
 
 
-def _present(row: JobRow, queue_position: int | None) -> Job:
+def _summary(row: JobRow, queue_position: int | None) -> dict[str, Any]:
     failure = None
     if row.status == Status.FAILED and row.reason:
         reason = Reason(row.reason)
@@ -204,27 +214,26 @@ def _present(row: JobRow, queue_position: int | None) -> Job:
             hint=row.hint,
             yours_to_fix=reason.is_users_to_fix,
         )
-    return Job(
-        id=row.id,
-        name=row.name,
-        labels=row.labels,
-        status=Status(row.status),
-        phase=row.phase,
-        queue_position=queue_position,
-        step=row.step,
-        total_steps=row.total_steps,
-        progress=row.progress,
-        attempt=row.attempt,
-        failure=failure,
-        spec=JobCreate.model_validate(row.spec),
-        report=row.report,
-        result=row.result,
-        adapter=Adapter.model_validate(row.adapter) if row.adapter else None,
-        created_at=row.created_at,
-        updated_at=row.updated_at,
-        started_at=row.started_at,
-        finished_at=row.finished_at,
-    )
+    return {
+        "id": row.id,
+        "name": row.name,
+        "labels": row.labels,
+        "status": Status(row.status),
+        "phase": row.phase,
+        "queue_position": queue_position,
+        "step": row.step,
+        "total_steps": row.total_steps,
+        "progress": row.progress,
+        "attempt": row.attempt,
+        "failure": failure,
+        "spec": JobCreate.model_validate(row.spec),
+        "result": row.result,
+        "adapter": Adapter.model_validate(row.adapter) if row.adapter else None,
+        "created_at": row.created_at,
+        "updated_at": row.updated_at,
+        "started_at": row.started_at,
+        "finished_at": row.finished_at,
+    }
 
 
 def _dataset_uris(spec: JobCreate) -> list[tuple[str, str]]:

@@ -6,10 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from app.models.schemas import BaseModelInfo
-from app.uris import UriError, resolve_model_folder
+from app.uris import UriError, file_uri, is_closed, resolve_model_folder
 
 MAX_DEPTH = 3
 MAX_FOLDERS = 2000  # looked into per root, so that a root such as a home folder stays quick
@@ -29,10 +28,10 @@ def _below(root: Path, roots: Sequence[Path]) -> Iterator[BaseModelInfo]:
             return
         folder, depth = waiting.pop(0)
         with suppress(OSError, ValueError, TypeError, UriError):  # no model, or a broken one
-            uri = f"file:{quote(str(folder))}"
+            uri = file_uri(folder)
             yield _describe(uri, resolve_model_folder(uri, roots))
             continue
-        if depth < MAX_DEPTH:
+        if depth < MAX_DEPTH and not is_closed(folder, roots):
             waiting += [(child, depth + 1) for child in _folders_in(folder)]
 
 

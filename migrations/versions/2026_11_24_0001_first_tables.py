@@ -38,6 +38,8 @@ def upgrade() -> None:
         sa.Column("fence", sa.Integer(), nullable=False),
         sa.Column("worker", sa.String()),
         sa.Column("lease_until", Time),
+        sa.Column("runtime", sa.Double(), nullable=False),
+        sa.Column("recoveries", sa.Integer(), nullable=False),
         sa.Column("step", sa.Integer(), nullable=False),
         sa.Column("total_steps", sa.Integer()),
         sa.Column("progress", Json),

@@ -2,6 +2,12 @@
 
 import hashlib
 import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -32,6 +38,30 @@ def make_model(folder: Path, *names: str, config: str = "{}") -> Path:
     for name in names or ("model.safetensors",):
         (folder / name).write_bytes(b"")
     return folder
+
+
+@contextmanager
+def running(settings: Settings, port: int = 0) -> Iterator[str]:
+    """``uvicorn --factory app.main:make_app`` in a process of its own, on a socket of ours."""
+    listening = socket.create_server(("127.0.0.1", port))
+    environment = {
+        **os.environ,
+        "FLATLORA_DATA_DIR": str(settings.data_dir),
+        "FLATLORA_DATABASE_URL": settings.database_url,
+        "FLATLORA_AUTH": settings.auth,
+        "FLATLORA_DATASET_ROOTS": str(settings.dataset_roots[0]),
+        "FLATLORA_MODEL_ROOTS": str(settings.model_roots[0]),
+    }
+    command = [sys.executable, "-m", "uvicorn", "--factory", "app.main:make_app"]
+    command += ["--fd", str(listening.fileno()), "--log-level", "warning"]
+    with closing(listening):
+        server = subprocess.Popen(command, env=environment, pass_fds=[listening.fileno()])
+        try:
+            # The socket listens already: a request waits until the server takes it.
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            server.terminate()
+            assert server.wait(30) in {0, -15}
 
 
 @dataclass

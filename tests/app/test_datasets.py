@@ -72,6 +72,15 @@ class TestUpload:
         assert ok(response, 201)["filename"] == "rows.csv"
         assert left_behind(service) == []
 
+    def test_a_media_type_is_the_same_in_capitals(self, service: Service) -> None:
+        head = b'Content-Disposition: form-data; name="file"; filename="a.tsv"'
+        body = b"--b\r\n" + head + b"\r\n\r\nx\r\n--b--"
+        for given in ("Multipart/Form-Data; boundary=b", "MULTIPART/FORM-DATA; Boundary=b"):
+            form = service.http.post("/datasets", content=body, headers={"Content-Type": given})
+            assert form.json()["filename"] == "a.tsv"
+        for name in ("Text/CSV", "TEXT/csv; Charset=UTF-8"):
+            assert upload(service, Content_Type=name).is_success
+
     def test_chunks_of_unknown_number(self, service: Service) -> None:
         dataset = ok(upload(service, iter([ROWS] * 1000)), 201)
         assert dataset["sha256"] == hashlib.sha256(ROWS * 1000).hexdigest()
@@ -117,6 +126,16 @@ class TestFilename:
             ok(upload(service, name=None, Content_Disposition=header), 201)["filename"]
             == "rows.csv"
         )
+
+    @pytest.mark.parametrize("charset", ["idna", "punycode", "undefined", "a%00", "nonsense"])
+    def test_one_in_a_charset_that_does_not_hold_it_is_no_name(
+        self, service: Service, charset: str
+    ) -> None:
+        header = f"attachment; filename*={charset}''%ff%41"
+        problem = ok(upload(service, name=None, Content_Disposition=header), 422)
+        assert problem["code"] == "filename_missing"
+        named = upload(service, name=None, Content_Disposition=header, Content_Type="text/csv")
+        assert ok(named, 201)["filename"].endswith(".csv")
 
     @pytest.mark.parametrize("name", [None, "", "..", "rows", "/"])
     def test_without_any_sign_of_the_format_it_is_refused(

@@ -1,12 +1,16 @@
 """Reading jobs, cancelling them, and following what they do."""
 
+import asyncio
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from sqlalchemy.event import listen
 from sqlalchemy.orm import Session
 
+from app.db import Database
 from app.jobs.events import event
+from app.jobs.repository import JobFilter, JobRepository
 from app.jobs.states import Reason, Status
 from tests.app.service import Json, Service, faults, ok
 
@@ -20,6 +24,43 @@ class TestGet:
         any_service.set(ids[0], status=Status.RUNNING)
         positions = [any_service.get(f"/jobs/{job_id}")["queue_position"] for job_id in ids]
         assert positions == [None, 0, 1]
+
+    def test_the_places_of_a_whole_page_are_asked_for_once(self, any_service: Service) -> None:
+        ids = [any_service.submit()["id"] for _ in range(6)]
+        any_service.set(ids[1], status=Status.RUNNING)
+        any_service.set(ids[3], status=Status.CANCELLED)
+
+        async def ask() -> tuple[dict[str, int], list[str]]:
+            database, statements = Database(any_service.settings.database), []
+            async with database.reading() as session:
+                jobs = JobRepository(session)
+                rows = await jobs.page(JobFilter(), limit=4, after=None)
+                listen(
+                    database.engine.sync_engine,
+                    "before_cursor_execute",
+                    lambda *given: statements.append(given[2]),
+                )
+                places = await jobs.queue_positions(rows)
+            await database.engine.dispose()
+            return places, statements
+
+        places, statements = asyncio.run(ask())
+        assert places == {ids[2]: 1, ids[4]: 2, ids[5]: 3}
+        assert len(statements) == 1
+
+    def test_it_is_304_until_something_has_changed(self, any_service: Service) -> None:
+        path = f"/jobs/{any_service.submit()['id']}"
+        first = any_service.http.get(path)
+        etag = first.headers["etag"]
+        for given in (etag, f"W/{etag}", f'"other", {etag}', "*"):
+            again = any_service.http.get(path, headers={"If-None-Match": given})
+            assert (again.status_code, again.content) == (304, b"")
+            assert (again.headers["etag"], again.headers["retry-after"]) == (etag, "2")
+        assert any_service.http.get(path, headers={"If-None-Match": '"other"'}).is_success
+        any_service.set(first.json()["id"], step=1)
+        changed = any_service.http.get(path, headers={"If-None-Match": etag})
+        assert changed.status_code == 200
+        assert changed.headers["etag"] != etag
 
     def test_a_failed_job_says_why_and_who_can_fix_it(self, service: Service) -> None:
         job_id = service.submit()["id"]
@@ -58,6 +99,13 @@ class TestList:
             if after is None:
                 break
         assert seen == made[::-1]
+
+    def test_it_shows_all_of_a_job_but_its_report(self, any_service: Service) -> None:
+        job_id = any_service.submit()["id"]
+        any_service.set(job_id, report={"first_example": "a whole row"})
+        job = any_service.get(f"/jobs/{job_id}")
+        assert job.pop("report") == {"first_example": "a whole row"}
+        assert any_service.get("/jobs")["items"] == [job]
 
     def test_a_job_that_comes_meanwhile_moves_no_page(self, service: Service) -> None:
         made = [service.submit()["id"] for _ in range(4)]
@@ -164,7 +212,12 @@ class TestEvents:
         assert first["items"][1]["data"] == {"step": 0}
         rest = any_service.get(f"/jobs/{job_id}/events", after=first["next"])
         assert [item["seq"] for item in rest["items"]] == [3, 4, 5]
-        assert any_service.get(f"/jobs/{job_id}/events", after=5)["items"] == []
+
+    def test_an_empty_page_says_where_to_go_on(self, any_service: Service) -> None:
+        job_id = any_service.submit()["id"]
+        for after in (1, 5):
+            page = any_service.get(f"/jobs/{job_id}/events", after=after)
+            assert page == {"items": [], "next": after}
 
     @pytest.mark.parametrize(
         "query", ["after=-1", f"after={2**64}", "limit=0", "limit=1001", "seq=1"]

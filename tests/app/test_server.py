@@ -7,39 +7,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx2
 import pytest
 
-from app.settings import Settings
 from tests.app.conftest import make_settings
-from tests.app.service import Service, ok
-
-
-@contextmanager
-def running(settings: Settings) -> Iterator[str]:
-    """``uvicorn --factory app.main:make_app`` in a process of its own, on a socket of ours."""
-    listening = socket.create_server(("127.0.0.1", 0))
-    environment = {
-        **os.environ,
-        "FLATLORA_DATA_DIR": str(settings.data_dir),
-        "FLATLORA_DATABASE_URL": settings.database_url,
-        "FLATLORA_AUTH": settings.auth,
-        "FLATLORA_DATASET_ROOTS": str(settings.dataset_roots[0]),
-        "FLATLORA_MODEL_ROOTS": str(settings.model_roots[0]),
-    }
-    command = [sys.executable, "-m", "uvicorn", "--factory", "app.main:make_app"]
-    command += ["--fd", str(listening.fileno()), "--log-level", "warning"]
-    with closing(listening):
-        server = subprocess.Popen(command, env=environment, pass_fds=[listening.fileno()])
-        try:
-            # The socket listens already: a request waits until the server takes it.
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            server.terminate()
-            assert server.wait(30) in {0, -15}
+from tests.app.service import Service, ok, running
 
 
 @pytest.fixture
@@ -102,6 +76,17 @@ class TestServer:
 
 
 class TestStart:
+    def test_what_every_part_stands_on_imports_none_of_them(self) -> None:
+        code = (
+            "import json, sys, app.errors, app.settings, app.storage;"
+            "print(json.dumps(sorted(name for name in sys.modules if name.startswith('app.'))))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        base = {"app.errors", "app.faults", "app.settings", "app.storage", "app.uris"}
+        assert set(json.loads(done.stdout)) == base
+
     def test_the_process_imports_no_torch_and_no_worker(self) -> None:
         code = (
             "import json, sys; from app.main import make_app; make_app();"

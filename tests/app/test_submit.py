@@ -97,6 +97,20 @@ SHAPES: dict[str, tuple[dict[str, Any], str, list[str]]] = {
     "NUL in a list": ({"lora": {"target_modules": ["\0"]}}, "/lora", ["U+0000"]),
     "half a character": ({"name": "\ud800"}, "/name", ["unicode"]),
     "revision with spaces": ({"base_model_revision": "a b"}, "/base_model_revision", ["pattern"]),
+    "revision that leads up": (
+        {"base_model_revision": "a/../b"}, "/base_model_revision", ["without '..'", "a/../b"],
+    ),
+    "no layers": (
+        {"lora": {"target_modules": []}}, "/lora/target_modules", ["one layer name at least"],
+    ),
+    "layer without a name": (
+        {"lora": {"target_modules": [""]}}, "/lora/target_modules/0", ["at least 1 character"],
+    ),
+    "mapping of a column that no format knows": (
+        {"data": {"mapping": {"question": "instruction"}}},
+        "/data/mapping/question",
+        ["'instruction'", "'completion'", 'found "question"'],
+    ),
 }  # fmt: skip
 
 
@@ -241,6 +255,11 @@ class TestRefusedBaseModels:
     def test_pickled_weights(self, service: Service) -> None:
         make_model(service.models / "pickled", "pytorch_model.bin")
         self.check(service, "file:pickled", "base_model_unusable", "pickles are never opened")
+
+    def test_a_revision_of_a_folder(self, service: Service) -> None:
+        problem = service.refused(service.body | {"base_model_revision": "main"})
+        assert problem["code"] == "revision_not_allowed"
+        assert "'main'. Leave it out" in faults(problem)["/base_model_revision"]
 
     @pytest.mark.parametrize(
         "name", ["tiny", "a/b/c", "../x/y", "org/na me", "org/..", "http://a/b"]

@@ -82,6 +82,22 @@ def test_training_leaves_every_byte_of_the_base(
 
 
 @both_memories
+def test_autocast_outside_the_block_changes_no_noise(peft_model: MakeModel, memory: Memory) -> None:
+    flat = engine(peft_model(), memory=memory)
+    target = flat.targets[0]
+    unit = torch.eye(target.weight.shape[1])
+
+    def weights() -> Tensor:
+        with flat.perturbed(STEPS - 1), torch.autocast("cpu", enabled=False), torch.no_grad():
+            out: Tensor = target.base(unit)
+            return out
+
+    expected = weights()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(weights(), expected)
+
+
+@both_memories
 def test_a_body_that_raises_leaves_the_base_and_no_forward(
     peft_model: MakeModel, make_batch: MakeBatch, memory: Memory
 ) -> None:

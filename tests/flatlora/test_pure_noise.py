@@ -57,7 +57,8 @@ def all_differ(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def generator_states() -> list[Any]:
     """Not Python's own: while the tests run, beartype draws from it."""
-    return [torch.get_rng_state().numpy(), np.random.get_state()[1]]
+    numpys = np.random.get_state(legacy=False)
+    return [torch.get_rng_state().numpy(), numpys["state"]["key"]]
 
 
 @both_memories

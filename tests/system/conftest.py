@@ -32,7 +32,7 @@ def body() -> Json:
         "dataset_uri": f"file:{EXAMPLES / 'data' / 'train.jsonl'}",
         "rank": 4,
         "sigma": 0.05,
-        "lora": {"dropout": 0.1},
+        "lora": {"dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
         "data": {"max_length": 192},
         "training": {"max_steps": 60, "batch_size": 4, "checkpoint_steps": 5},
         "evaluation": {"max_rows": 8, "every_steps": 20},

@@ -54,7 +54,7 @@ class TestSubmit:
 
 class TestOtherCommands:
     def test_list_show_watch_and_cancel(self, shared_service: Service) -> None:
-        job_id = submit(shared_service, "--name", "[bold]odd[/] name")["id"]
+        job_id = submit(shared_service, "--dry-run", "--name", "[bold]odd[/] name")["id"]
         watched = shared_service.flatlora("jobs", "watch", job_id, "--json")
         assert json.loads(watched.stdout)["status"] == "succeeded"
         assert "[bold]odd[/] name" in shared_service.flatlora("jobs", "show", job_id).stdout

@@ -29,7 +29,7 @@ def expected(
 
 
 class TestKilledTrainer:
-    def test_the_job_goes_on_to_a_byte_identical_adapter(
+    def test_the_job_goes_on_to_a_byte_identical_adapter_with_each_step_recorded_once(
         self, service: Service, body: Json, expected: dict[str, str]
     ) -> None:
         job_id = service.submit(body)
@@ -39,12 +39,6 @@ class TestKilledTrainer:
         job = service.finish(job_id)
         assert job["attempt"] == 2
         assert hashes(job) == expected
-
-    def test_its_steps_are_recorded_once_each(self, service: Service, body: Json) -> None:
-        job_id = service.submit(body)
-        service.wait_for(job_id, lambda job: job["step"] >= 12)
-        os.kill(service.trainers()[0], signal.SIGKILL)
-        service.finish(job_id)
         with service.http as http:
             series = http.get(f"/jobs/{job_id}/metrics", params={"series": "train"}).json()
         assert [metric["step"] for metric in series["items"]] == list(range(1, 61))

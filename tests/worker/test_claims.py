@@ -1,10 +1,11 @@
 """The queue's promises, on SQLite and Postgres: a job is taken once, and one attempt writes."""
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
-from sqlalchemy import Engine, select, update
+from sqlalchemy import Engine, func, select, update
 from sqlalchemy.orm import Session
 
 from app.db import make_engine, now
@@ -12,8 +13,9 @@ from app.ids import new_id
 from app.jobs.schemas import JobCreate
 from app.jobs.states import Reason, Status
 from app.migrate import upgrade
-from app.tables import EventRow, JobRow
-from worker.claims import Claims, Lease, LeaseLost
+from app.tables import EventRow, JobRow, MetricRow
+from worker.claims import RECOVERIES_LIMIT, Claims, Lease, LeaseLost
+from worker.progress import Progress
 
 
 @pytest.fixture
@@ -154,10 +156,68 @@ class TestAttempts:
         assert row(engine, mine).attempt == 0
         assert row(engine, theirs).status == Status.RUNNING
 
+    def test_a_job_that_takes_the_service_down_each_time_does_not_come_back_for_ever(
+        self, engine: Engine, claims: Claims
+    ) -> None:
+        job_id, other = add_job(engine), add_job(engine)
+        for _ in range(RECOVERIES_LIMIT):
+            assert claimed(claims).job_id == job_id
+            assert claims.recover() == 1
+        claimed(claims)
+        claims.recover()
+        job = row(engine, job_id)
+        assert (job.status, job.reason) == (Status.FAILED, Reason.INTERNAL)
+        assert job.message == "The service died 11 times while it held this job."
+        assert claimed(claims).job_id == other
+
+    def test_a_job_that_goes_forward_may_be_interrupted_any_number_of_times(
+        self, engine: Engine, claims: Claims
+    ) -> None:
+        job_id = add_job(engine)
+        for step in range(1, 2 * RECOVERIES_LIMIT):
+            progress = Progress(claims, claimed(claims))
+            progress.take({"kind": "step", "step": step, "total": 99, "metrics": {}})
+            progress.flush()
+            claims.recover()
+        assert row(engine, job_id).status == Status.QUEUED
+
     def test_a_live_lease_is_not_reaped(self, engine: Engine, claims: Claims) -> None:
         add_job(engine)
         claimed(claims)
         assert claims.reap() == 0
+
+
+class TestProgress:
+    def test_the_time_that_attempts_have_worked_adds_up(
+        self, engine: Engine, claims: Claims
+    ) -> None:
+        job_id = add_job(engine)
+        lease = claimed(claims)
+        assert lease.runtime == 0
+        before = time.monotonic()
+        progress = Progress(claims, lease)
+        progress.flush()
+        progress.flush()
+        assert 0 < row(engine, job_id).runtime <= time.monotonic() - before
+        claims.release(lease, "drained")
+        assert claimed(claims).runtime == row(engine, job_id).runtime
+
+    def test_a_flush_waits_for_what_another_thread_is_writing(
+        self, engine: Engine, claims: Claims
+    ) -> None:
+        job_id = add_job(engine)
+        progress = Progress(claims, claimed(claims))
+        for n in range(200):
+            progress.take({"kind": "held_out", "step": n, "metrics": {"loss": 1.0}})
+            other = threading.Thread(target=progress.flush)
+            other.start()
+            progress.flush()
+            with Session(engine) as session:
+                count = (
+                    select(func.count()).select_from(MetricRow).where(MetricRow.job_id == job_id)
+                )
+                assert session.scalar(count) == n + 1
+            other.join()
 
 
 class TestWishes:
@@ -185,6 +245,28 @@ class TestWishes:
                 expire(engine, cancelling.job_id)
                 claims.reap()
         assert row(engine, cancelling.job_id).status == Status.CANCELLED
+
+
+class TestTransitions:
+    def test_only_a_job_that_was_to_be_cancelled_is_cancelled_by_its_worker(
+        self, engine: Engine, claims: Claims
+    ) -> None:
+        job_id = add_job(engine)
+        lease = claimed(claims)
+        with pytest.raises(LeaseLost):
+            claims.cancel(lease)
+        assert row(engine, job_id).status == Status.RUNNING
+
+    def test_over_names_jobs_that_have_ended_with_their_reasons(
+        self, engine: Engine, claims: Claims
+    ) -> None:
+        ended, failed, waiting = add_job(engine), add_job(engine), add_job(engine)
+        claims.succeed(claimed(claims), result={}, adapter=None)
+        claims.fail(claimed(claims), Reason.LOSS_DIVERGED, "NaN", None)
+        assert claims.over([ended, failed, waiting, new_id("job")]) == {
+            ended: None,
+            failed: Reason.LOSS_DIVERGED,
+        }
 
 
 class TestEvents:

@@ -1,7 +1,7 @@
 """The finished adapter: a PEFT folder with its card, its manifest, and nothing that varies.
 
-The same job gives the same bytes, on whichever attempt and in whichever folder: no file holds a
-time, a host name or a path of the worker.
+The same job gives the same bytes, on whichever attempt and in whichever work folder: no file holds
+a time or a host name, and the only path is that of a base model that the job named by its folder.
 """
 
 import json
@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from worker.training.card import write_card
 from worker.training.config import TrainingJob
-from worker.training.errors import PublishFailed
+from worker.training.errors import ConfigInvalid
 from worker.training.state import State
 
 CONFIG = "adapter_config.json"
@@ -46,7 +46,7 @@ def save_adapter(
         state: Gives the curves.
 
     Raises:
-        PublishFailed: If training has left no trace in the adapter.
+        ConfigInvalid: If training has left no trace in the adapter.
     """
     _check_trained(model, result["steps"])
     shutil.rmtree(folder, ignore_errors=True)
@@ -64,19 +64,15 @@ def save_adapter(
             "transformers": transformers.__version__,
         },
     }
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    text = json.dumps(manifest, indent=2, sort_keys=True, allow_nan=False)
+    (folder / MANIFEST).write_text(text + "\n")
     write_card(folder / "README.md", job, result, state)
 
 
-def base_model_name(job: TrainingJob) -> str:
-    """The base model as servers and PEFT name it: a hub id, or the folder that the job named."""
-    return job.base_model.name.removeprefix("file:").removeprefix("//")
-
-
 def _settle_config(path: Path, job: TrainingJob) -> None:
-    """Name the base model as the job did, and order what PEFT keeps in sets."""
+    """Name the base model by where it can be loaded from, and order what PEFT keeps in sets."""
     config = json.loads(path.read_text())
-    config["base_model_name_or_path"] = base_model_name(job)
+    config["base_model_name_or_path"] = job.base_model.reference
     config["revision"] = job.base_model.revision
     for key, value in config.items():
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
@@ -87,7 +83,7 @@ def _settle_config(path: Path, job: TrainingJob) -> None:
 def _check_trained(model: PeftModel, steps: int) -> None:
     updates = [weight for name, weight in model.named_parameters() if ".lora_B." in name]
     if steps and not any(bool(weight.any()) for weight in updates):
-        raise PublishFailed(
+        raise ConfigInvalid(
             "The adapter is untrained: every lora_B is zero.",
             "Raise training.learning_rate or training.max_steps.",
         )

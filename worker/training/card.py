@@ -1,5 +1,6 @@
 """The model card of a finished adapter."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ FLAT = (
 
 def write_card(path: Path, job: TrainingJob, result: dict[str, Any], state: State) -> None:
     """Write the card: what was trained on what, how it went, and how to load it."""
-    base = job.base_model.name.removeprefix("file:").removeprefix("//")
+    base = job.base_model.reference
     path.write_text(
         "\n\n".join(
             [
@@ -33,7 +34,8 @@ def write_card(path: Path, job: TrainingJob, result: dict[str, Any], state: Stat
 
 
 def _front_matter(base: str) -> str:
-    return f"---\nlibrary_name: peft\nbase_model: {base}\ntags: [lora, flat-lora]\n---"
+    quoted = json.dumps(base, ensure_ascii=False)
+    return f"---\nlibrary_name: peft\nbase_model: {quoted}\ntags: [lora, flat-lora]\n---"
 
 
 def _settings(job: TrainingJob, result: dict[str, Any]) -> str:
@@ -90,7 +92,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained("{base}", dtype=torch.{precision})
+base = AutoModelForCausalLM.from_pretrained({base!r}, dtype=torch.{precision})
 model = PeftModel.from_pretrained(base, "folder-of-this-adapter")
 tokenizer = AutoTokenizer.from_pretrained("folder-of-this-adapter")
 ```"""

@@ -1,6 +1,6 @@
 """Checkpoints that are whole or not there, and from which a run goes on bit for bit.
 
-    checkpoints/ckpt-000020/
+    checkpoints/ckpt-000000020/
         adapter.safetensors      the adapter's weights, float32
         optimizer.safetensors    AdamW's moments
         random.safetensors       torch's generators (dropout draws from them)
@@ -12,9 +12,7 @@ and its parent synced. A reader takes the newest folder whose files have the has
 Nothing is pickled: safetensors and JSON only.
 """
 
-import hashlib
 import json
-import os
 import shutil
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -24,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from worker.training.files import sha256_of, sync
 from worker.training.reporter import Reporter
 from worker.training.state import Run, State
 
@@ -48,7 +47,7 @@ class Checkpoints:
     def save(self, run: Run, state: State) -> None:
         """Write a checkpoint of the current state, then forget all but the newest two."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        final = self._folder / f"ckpt-{state.step:06d}"
+        final = self._folder / f"ckpt-{state.step:09d}"
         partial = self._folder / f"{final.name}.tmp"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -56,13 +55,13 @@ class Checkpoints:
         save_file(_moments(run), partial / "optimizer.safetensors")
         save_file(_generators(run.device), partial / "random.safetensors")
         _write_json(partial / "state.json", {"identity": self._identity, **asdict(state)})
-        hashes = {path.name: _sync_and_hash(path) for path in sorted(partial.iterdir())}
+        hashes = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
         _write_json(partial / MANIFEST, hashes)
-        _sync_and_hash(partial / MANIFEST)
-        _sync_folder(partial)
+        for path in (*partial.iterdir(), partial):
+            sync(path)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _sync_folder(self._folder)
+        sync(self._folder)
         for old in self._complete()[KEPT:]:
             shutil.rmtree(old)
         self._reporter.event(
@@ -99,9 +98,8 @@ class Checkpoints:
         try:
             hashes: dict[str, str] = json.loads((folder / MANIFEST).read_text())
             for name, expected in hashes.items():
-                with (folder / name).open("rb") as file:
-                    if hashlib.file_digest(file, "sha256").hexdigest() != expected:
-                        return f"{name} is damaged"
+                if sha256_of(folder / name) != expected:
+                    return f"{name} is damaged"
             identity = json.loads((folder / "state.json").read_text())["identity"]
         except (OSError, ValueError, KeyError) as error:
             return f"it cannot be read ({type(error).__name__})"
@@ -165,17 +163,3 @@ def _is_fused(run: Run) -> bool:
 
 def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, sort_keys=True))
-
-
-def _sync_and_hash(path: Path) -> str:
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

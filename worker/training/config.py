@@ -5,6 +5,7 @@ This is the one place where a job's record becomes settings of the training code
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -14,7 +15,7 @@ class BaseModel:
     """Which model is adapted.
 
     Attributes:
-        name: As the job named it; goes into ``adapter_config.json``.
+        name: As the job named it.
         path: Where it is loaded from: a folder.
         revision: The commit, for a model of the hub.
     """
@@ -22,6 +23,11 @@ class BaseModel:
     name: str
     path: Path
     revision: str | None = None
+
+    @property
+    def reference(self) -> str:
+        """What PEFT and servers load it by: a hub id, or the path of a folder."""
+        return str(self.path) if self.name.startswith("file:") else self.name
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """All that determines the adapter."""
+    """All that determines the adapter.
+
+    Attributes:
+        clock: The moment that a chat template is told when it asks for the date: the same at every
+            attempt, so that a resumed run reads the same tokens.
+    """
 
     job_id: str
     base_model: BaseModel
@@ -106,6 +117,7 @@ class TrainingJob:
     training: Training
     evaluation: Evaluation
     dry_run: bool = False
+    clock: datetime | None = None
 
     @classmethod
     def from_record(
@@ -115,6 +127,7 @@ class TrainingJob:
         base_model: BaseModel,
         dataset: DataFile,
         validation: DataFile | None,
+        clock: datetime | None = None,
     ) -> "TrainingJob":
         """Translate a job's resolved ``spec`` (see the HTTP contract) and its fetched inputs."""
         return cls(
@@ -129,6 +142,7 @@ class TrainingJob:
             training=_pick(Training, spec["training"]),
             evaluation=_pick(Evaluation, spec["evaluation"]),
             dry_run=spec["dry_run"],
+            clock=clock,
         )
 
 

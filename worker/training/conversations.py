@@ -7,11 +7,12 @@ prompt_completion  {"prompt", "completion"}: two strings, or two lists of messag
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from worker.training.rows import describe
+from worker.training.words import describe, shown
 
 RowFormat = Literal["chat", "sharegpt", "alpaca", "prompt_completion"]
 Message = dict[str, Any]
@@ -28,6 +29,12 @@ SHAREGPT_ROLES = {
 }
 MESSAGE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id"}
 
+MAX_DEPTH = 64
+
+# What no tokenizer or database keeps: NUL, surrogates, and noncharacters, of which rendering uses
+# one for itself.
+NO_TEXT = re.compile("[\0\ud800-\udfff\ufdd0-\ufdef]")
+
 # What tells a format, most telling first, and what each may hold besides.
 SIGNS: dict[RowFormat, tuple[str, ...]] = {
     "chat": ("messages",),
@@ -35,26 +42,39 @@ SIGNS: dict[RowFormat, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
 }
+OPTIONAL: dict[RowFormat, tuple[str, ...]] = {
+    "chat": ("tools",),
+    "sharegpt": ("system", "tools"),
+    "prompt_completion": ("tools",),
+    "alpaca": ("input", "system"),
+}
 
 
 class RowProblem(Exception):
     """A row that is no conversation: which field, what was expected, what was found."""
 
     def __init__(self, field: str, expected: str, found: Any) -> None:
-        text = found if isinstance(found, Found) else describe(found)
-        super().__init__(f"{field}: expected {expected}, found {text}")
+        text = shown(found) if isinstance(found, Found) else describe(found)
+        super().__init__(f"{shown(field, 120)}: expected {expected}, found {text}")
 
 
 class Found(str):
-    """A finding that is described already."""
+    """A finding in words of its own."""
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in the form that chat templates read."""
+    """Messages in the form that chat templates read.
+
+    Attributes:
+        messages: In order, each with role and content.
+        tools: Descriptions of the tools that the assistant may call.
+        learnt_from: The first message that may be learnt, if answers before it are context.
+    """
 
     messages: list[Message]
     tools: list[Any] | None = None
+    learnt_from: int = 0
 
     def canonical(self) -> str:
         """Equal for equal conversations, whatever file or format they came from."""
@@ -91,15 +111,28 @@ def to_conversation(
     columns = _renamed(values, mapping)
     for sign in SIGNS[row_format]:
         if sign not in columns:
-            raise RowProblem(sign, f"a column of {row_format}", Found(f"only {', '.join(values)}"))
+            theirs = shown(mapping.get(sign, ""), 40)
+            wanted = (
+                f"the column {theirs} (data.mapping)" if theirs else f"a column of {row_format}"
+            )
+            raise RowProblem(sign, wanted, Found(f"only {', '.join(values)}"))
     conversation = READERS[row_format](columns)
-    _check_turns(conversation.messages)
+    _check_turns(conversation)
     return conversation
 
 
+def known_columns(row_format: RowFormat | None) -> set[str]:
+    """Names that a format reads; of all formats if it is not known yet."""
+    formats = [row_format] if row_format else list(SIGNS)
+    return {name for format_ in formats for name in (*SIGNS[format_], *OPTIONAL[format_])}
+
+
 def _renamed(values: Mapping[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]:
-    renamed = {theirs: ours for ours, theirs in mapping.items()}
-    return {renamed.get(name, name): value for name, value in values.items()}
+    """A column that is mapped wins over one that has the expected name by chance."""
+    taken = {*mapping, *mapping.values()}
+    kept = {name: value for name, value in values.items() if name not in taken}
+    mapped = {ours: values[theirs] for ours, theirs in mapping.items() if theirs in values}
+    return kept | mapped
 
 
 def _read_chat(row: Mapping[str, Any]) -> Conversation:
@@ -134,8 +167,11 @@ def _read_alpaca(row: Mapping[str, Any]) -> Conversation:
 def _read_prompt_completion(row: Mapping[str, Any]) -> Conversation:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) or isinstance(completion, list):
-        turns = _messages(prompt, "prompt") + _messages(completion, "completion")
-        return Conversation(turns, _tools(row.get("tools")))
+        context = _messages(prompt, "prompt")
+        turns = context + _messages(completion, "completion")
+        has_answers = any(message["role"] == "assistant" for message in context)
+        learnt_from = len(context) if has_answers else 0
+        return Conversation(turns, _tools(row.get("tools")), learnt_from)
     return Conversation(
         [
             {"role": "user", "content": _text(prompt, "prompt")},
@@ -167,6 +203,11 @@ def _message(value: Any, place: str) -> Message:
     if unknown := fields.keys() - MESSAGE_FIELDS:
         known = ", ".join(sorted(MESSAGE_FIELDS))
         raise RowProblem(place, f"only the fields {known}", Found(", ".join(sorted(unknown))))
+    for name in ("name", "tool_call_id"):
+        if name in fields:
+            _string(fields[name], f"{place}.{name}")
+    if "tool_calls" in fields:
+        _objects(fields["tool_calls"], f"{place}.tool_calls")
     if role == "assistant" and fields.get("tool_calls"):
         return {**fields, "content": _content(fields.get("content", ""), place, may_be_empty=True)}
     return {**fields, "content": _content(fields.get("content"), place)}
@@ -190,6 +231,43 @@ def _part(part: Any, place: str) -> str:
 def _text(value: Any, field: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise RowProblem(field, "a non-empty string", value)
+    return _string(value, field)
+
+
+def _string(value: Any, field: str) -> str:
+    if not isinstance(value, str):
+        raise RowProblem(field, "a string", value)
+    if bad := NO_TEXT.search(value):
+        found = f"U+{ord(bad[0]):04X} at character {bad.start() + 1}"
+        kind = "the lone surrogate" if "\ud800" <= bad[0] <= "\udfff" else "the character"
+        raise RowProblem(field, "valid Unicode text", Found(f"{kind} {found}"))
+    return value
+
+
+def _check_json(value: Any, place: str, depth: int = 0) -> None:
+    """Templates see these values as they are, so all that is in them is checked."""
+    if depth > MAX_DEPTH:
+        raise RowProblem(place, f"values nested at most {MAX_DEPTH} deep", Found("deeper ones"))
+    match value:
+        case str():
+            _string(value, place)
+        case list():
+            for index, item in enumerate(value):
+                _check_json(item, f"{place}[{index}]", depth + 1)
+        case dict():
+            for name, item in value.items():
+                inside = f"{place}.{shown(_string(name, place), 40)}"
+                _check_json(item, inside, depth + 1)
+        case None | bool() | int() | float():
+            pass
+        case _:
+            raise RowProblem(place, "a JSON value", value)
+
+
+def _objects(value: Any, field: str) -> list[Any]:
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        raise RowProblem(field, "a list of objects", value)
+    _check_json(value, field)
     return value
 
 
@@ -203,13 +281,9 @@ def _tools(value: Any) -> list[Any] | None:
     if isinstance(value, str) and value:
         try:
             value = json.loads(value)
-        except ValueError:
-            raise RowProblem("tools", "a list of tools", value) from None
-    if value in (None, "", []):
-        return None
-    if not isinstance(value, list):
-        raise RowProblem("tools", "a list of tools", value)
-    return value
+        except (ValueError, RecursionError):
+            raise RowProblem("tools", "a list of objects", value) from None
+    return None if value in (None, "", []) else _objects(value, "tools")
 
 
 def _with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
@@ -219,10 +293,11 @@ def _with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Messag
     return [{"role": "system", "content": _text(system, "system")}, *messages]
 
 
-def _check_turns(messages: list[Message]) -> None:
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        raise RowProblem("messages", "an assistant turn to learn from", Found(", ".join(roles)))
+def _check_turns(conversation: Conversation) -> None:
+    roles = [message["role"] for message in conversation.messages]
+    if "assistant" not in (learnt := roles[conversation.learnt_from :]):
+        field = "completion" if conversation.learnt_from else "messages"
+        raise RowProblem(field, "an assistant turn to learn from", Found(", ".join(learnt)))
     if "system" in roles[1:]:
         index = roles.index("system", 1)
         raise RowProblem(f"messages[{index}].role", "system only at the start", "system")

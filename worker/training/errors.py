@@ -6,12 +6,17 @@ JobError                    reason, message, hint
 ├── BaseModelUnavailable    the model cannot be loaded
 ├── ConfigInvalid           settings that do not fit this base model or these rows
 ├── OutOfGpuMemory          the device's memory does not suffice
+├── DiskFull                nothing more can be written
 ├── LossDiverged            NaN or infinite losses in a row
 └── PublishFailed           the finished adapter did not pass its check
 Stopped                     not a failure: cancelled, or drained to a checkpoint
 """
 
+import errno
+import re
 from typing import ClassVar, Literal
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class JobError(Exception):
@@ -60,6 +65,18 @@ class OutOfGpuMemory(JobError):
     reason = "gpu_out_of_memory"
 
 
+class DiskFull(JobError):
+    """Nothing more can be written to the worker's disk."""
+
+    reason = "disk_full"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The worker's disk is full.",
+            "Free some space below the data folder, then submit the job again.",
+        )
+
+
 class LossDiverged(JobError):
     """NaN or infinite losses in a row."""
 
@@ -82,3 +99,19 @@ class Stopped(Exception):
     def __init__(self, wish: Literal["cancel", "drain"]) -> None:
         super().__init__(wish)
         self.wish = wish
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether a full disk is behind an error.
+
+    Libraries written in Rust (safetensors, the object store) name the system's error in their text
+    only.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        found = re.search(r"\bos error (\d+)\b", str(error))
+        if found and int(found[1]) in _FULL:
+            return True
+        error = error.__cause__ or error.__context__
+    return False

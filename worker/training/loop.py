@@ -33,7 +33,8 @@ def train(
 
     Raises:
         Stopped: At a step boundary, if ``control`` wishes so.
-        LossDiverged: After ``max_bad_losses`` steps in a row without a finite loss.
+        LossDiverged: After ``max_bad_losses`` steps in a row without a finite loss, or if the loss
+            on the held-out rows is not finite.
     """
     settings, order = run.job.training, RowOrder(len(run.train), run.job.training, run.job.seed)
     evaluate_every = run.job.evaluation.every_steps or max(20, math.ceil(run.total_steps / 4))
@@ -64,7 +65,8 @@ def train(
         sigma = sigma_at(state.step, run.total_steps, run.job.sigma)
         state.step += 1
         state.tokens += tokens
-        if state.step % math.ceil(run.total_steps / LOSSES_KEPT) == 0:
+        is_kept = state.step % math.ceil(run.total_steps / LOSSES_KEPT) == 0
+        if is_kept and math.isfinite(loss):
             state.losses.append([state.step, loss])
         reporter.step(
             state.step,
@@ -111,6 +113,12 @@ def _forward_backward(run: Run, step: int, rows: Sequence[Example]) -> tuple[flo
 def _evaluate(run: Run, state: State, reporter: Reporter) -> None:
     reporter.phase("evaluating")
     found = evaluate(run.model, run.held_out, run.job.training.micro_batch_size, run.device)
+    if not math.isfinite(found["loss"]):
+        raise LossDiverged(
+            f"The loss on the held-out rows is not finite after step {state.step}.",
+            "Lower training.learning_rate or sigma. After step 0 it is the base model's own loss: "
+            "try training.precision fp32.",
+        )
     state.held_out.append({"step": state.step, **found})
     reporter.held_out(state.step, found)
     reporter.phase("training")

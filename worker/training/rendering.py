@@ -1,30 +1,58 @@
 """From a conversation to token ids and a mask of what the loss is taken on.
 
 The mask comes from the template's ``{% generation %}`` marks where it has them; where it has not,
-each assistant turn is what a rendering with that turn adds to the rendering up to it. A template
-for which earlier turns change when later ones are added has no such turns, and is refused.
+each assistant turn is what a rendering with that turn adds to the rendering up to it. A row in
+which earlier turns change when later ones are added has no such turns, and is refused.
 
 Text in the data that spells a special token stays text: such a spelling is cut in two before the
 template sees it, and the rendering is tokenised in pieces that end at the cut.
 """
 
 import re
+import string
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from datetime import datetime
+from typing import Any, Literal, TypeVar, cast
 
+import jinja2
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int32, Int64
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from worker.training.conversations import Conversation, Message
+from worker.training.conversations import Conversation
 from worker.training.errors import ConfigInvalid
+from worker.training.words import shown
 
 LossOn = Literal["assistant", "last_assistant", "all"]
 Span = tuple[int, int]
+Json = TypeVar("Json")
 
 GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
-CUT = "\ue0f1"  # a private-use character: no template writes it, and no row may hold it
+CONTROL = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
+CUT = "\ufdd0"  # a noncharacter: no template writes it, and rows that hold one are bad
+
+# transformers passes no functions to a template, so a macro stands in for its own strftime_now.
+# The line break is what a template loses after a block.
+CLOCK = (
+    "{% macro strftime_now(format) %}{% set found = namespace(text=format) %}"
+    "{% for directive, value in frozen_clock.items() %}"
+    "{% set found.text = found.text | replace(directive, value) %}"
+    "{% endfor %}{{ found.text }}{% endmacro %}\n"
+)
+
+
+class RowRefused(Exception):
+    """The chat template or the tokenizer does not take this row.
+
+    Args:
+        problem: Why.
+        hint: What to change, if it is so for every row.
+    """
+
+    def __init__(self, problem: str, hint: str) -> None:
+        super().__init__(problem)
+        self.hint = hint
 
 
 @dataclass(frozen=True)
@@ -44,18 +72,31 @@ class Example:
         return Example(self.ids[:max_length], self.in_loss[:max_length])
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """A text's tokens, where in it (cuts included) each begins and ends, and which are special."""
+
+    ids: Int32[np.ndarray, " length"]
+    starts: Int64[np.ndarray, " length"]
+    ends: Int64[np.ndarray, " length"]
+    special: Bool[np.ndarray, " length"]
+
+
 class Renderer:
     """Renders conversations with one tokenizer's chat template.
 
     Args:
         tokenizer: A fast tokenizer with a chat template.
         loss_on: ``"assistant"`` turns, the ``"last_assistant"`` turn, or ``"all"`` tokens.
+        today: What a template that asks for the date is told; by default the present moment.
 
     Raises:
         ConfigInvalid: If the tokenizer has no chat template, or cannot tell where tokens begin.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn, *, today: datetime | None = None
+    ) -> None:
         if not isinstance(tokenizer.chat_template, str):
             raise ConfigInvalid(
                 "The base model's tokenizer has no chat template.",
@@ -65,25 +106,37 @@ class Renderer:
             raise ConfigInvalid("The base model has no fast tokenizer (tokenizer.json).", None)
         self._tokenizer = tokenizer
         self._template: str = tokenizer.chat_template
+        self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        if "strftime_now" in self._template:
+            self._template = CLOCK + self._template
+            self._variables["frozen_clock"] = _clock(today or datetime.now().astimezone())
         self._has_marks = GENERATION_MARK.search(self._template) is not None
         self._loss_on = loss_on
-        added = tokenizer.added_tokens_decoder
-        self._special_ids = {index for index, token in added.items() if token.special}
-        spellings = sorted((str(token) for token in added.values()), key=len, reverse=True)
+        special = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self._special = {*special, tokenizer.eos_token_id} - {None}
+        self._eos = str(tokenizer.eos_token or "")
+        spellings = sorted(special.values(), key=len, reverse=True)
         self._spelling = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
 
     def render(self, conversation: Conversation) -> Example:
         """Token ids and loss mask of a whole conversation.
 
         Raises:
-            ConfigInvalid: If the template cannot say where the assistant's turns are.
+            RowRefused: If the template or the tokenizer does not take it, or it cannot be told
+                where the assistant's turns are.
         """
-        messages = [self._cut_spellings(message) for message in conversation.messages]
-        safe = Conversation(messages, conversation.tools)
-        text, spans = self._text_and_spans(safe)
-        ids, starts = self._tokenise(text)
-        in_loss = self._mask(ids, starts, text, spans)
-        return Example(np.array(ids, dtype=np.int32), in_loss)
+        try:
+            return self._render(conversation)
+        except (RowRefused, MemoryError):
+            raise
+        except Exception as error:  # templates are programs of others: they may raise anything
+            kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
+            roles = ", ".join(message["role"] for message in conversation.messages)
+            raise RowRefused(
+                f"the chat template refuses a conversation of {shown(roles, 80)}: "
+                f"{kind}{shown(str(error))}",
+                "Reorder or drop the turns that this base model's template does not allow.",
+            ) from error
 
     def segments(self, example: Example) -> list[dict[str, Any]]:
         """An example as text, in pieces that are in the loss or not, for a person to look at."""
@@ -92,120 +145,170 @@ class Renderer:
         for ids, in_loss in zip(
             np.split(example.ids, changes), np.split(example.in_loss, changes), strict=True
         ):
-            text = self._tokenizer.decode(ids.tolist(), skip_special_tokens=False)
+            text = CONTROL.sub("\ufffd", self._decode(ids.tolist()))
             pieces.append({"text": text, "in_loss": bool(in_loss[0])})
         return pieces
 
-    def _cut_spellings(self, message: Message) -> Message:
-        content = message["content"].replace(CUT, "")
-        cut = self._spelling.sub(lambda found: found[0][:1] + CUT + found[0][1:], content)
-        return {**message, "content": cut}
+    def learns_to_stop(self, example: Example) -> bool:
+        """Whether what is learnt of a whole example ends with an end-of-turn token."""
+        for index in example.ids[example.in_loss][::-1].tolist():
+            if index in self._special:
+                return True
+            if self._decode([index]).strip():
+                return False
+        return False
+
+    def _decode(self, ids: list[int]) -> str:
+        return cast(str, self._tokenizer.decode(ids, skip_special_tokens=False))
+
+    def _render(self, conversation: Conversation) -> Example:
+        messages = [
+            {**self._cut_spellings(message), "role": message["role"]}
+            for message in conversation.messages
+        ]
+        tools = self._cut_spellings(conversation.tools)
+        safe = Conversation(messages, tools, conversation.learnt_from)
+        text, spans = self._text_and_spans(safe)
+        if safe != conversation and text.replace(CUT, "") != self._apply(conversation):
+            raise RowRefused(
+                "it spells a special token, which the chat template would not leave as it is",
+                "Spell special tokens otherwise in the data.",
+            )
+        tokens = self._tokenise(text)
+        return Example(tokens.ids, _mask(tokens, text, spans))
+
+    def _cut_spellings(self, value: Json) -> Json:
+        """The same value, with every special token that is spelt in it cut in two."""
+        found: Any = value
+        match value:
+            case str():
+                found = self._spelling.sub(lambda spelt: spelt[0][:1] + CUT + spelt[0][1:], value)
+            case list():
+                found = [self._cut_spellings(item) for item in value]
+            case dict():
+                found = {
+                    self._cut_spellings(name): self._cut_spellings(item)
+                    for name, item in value.items()
+                }
+        return cast(Json, found)
 
     def _text_and_spans(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        messages = conversation.messages
         if self._loss_on == "all":
-            text = self._apply(conversation, messages)
+            text = self._apply(conversation)
             return text, [(0, len(text))]
         if self._has_marks:
             text, spans = self._apply_marked(conversation)
         else:
             text, spans = self._compare_prefixes(conversation)
         if not spans:
-            raise ConfigInvalid(
-                "The chat template renders no assistant turn.", "Check its {% generation %} marks."
+            raise RowRefused(
+                "the chat template renders no assistant turn", "Check its {% generation %} marks."
             )
         return text, spans[-1:] if self._loss_on == "last_assistant" else spans
 
     def _apply(
-        self, conversation: Conversation, messages: list[Message], *, prompt: bool = False
+        self, conversation: Conversation, upto: int | None = None, *, prompt: bool = False
     ) -> str:
-        return self._render(conversation, messages, add_generation_prompt=prompt)[0]
+        return self._run(conversation, upto, add_generation_prompt=prompt)[0]
 
     def _apply_marked(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        return self._render(conversation, conversation.messages, return_assistant_tokens_mask=True)
+        marks = {"return_assistant_tokens_mask": True}
+        text, spans = self._run(conversation, None, **marks)
+        if not conversation.learnt_from:
+            return text, spans
+        # A turn may hold any number of marks, so those of the context are counted.
+        return text, spans[len(self._run(conversation, conversation.learnt_from, **marks)[1]) :]
 
-    def _render(
-        self, conversation: Conversation, messages: list[Message], **options: Any
+    def _run(
+        self, conversation: Conversation, upto: int | None, **options: Any
     ) -> tuple[str, list[Span]]:
-        import jinja2
-
-        try:
-            arguments: dict[str, Any] = {**self._tokenizer.special_tokens_map, **options}
-            # typed as str upstream, but it returns texts and spans
-            rendered: Any = render_jinja_template(
-                conversations=[messages],
-                tools=conversation.tools,
-                chat_template=self._template,
-                **arguments,
-            )
-        except jinja2.TemplateError as error:
-            roles = ", ".join(message["role"] for message in messages)
-            raise ConfigInvalid(
-                f"The chat template refuses a conversation of {roles}: {error}.",
-                "Reorder or drop the turns that this base model's template does not allow.",
-            ) from error
+        """The first messages as text, and the spans that the template marks in it."""
+        # typed as str upstream, but it returns texts and spans
+        rendered: Any = render_jinja_template(
+            conversations=[conversation.messages[:upto]],
+            tools=conversation.tools,
+            chat_template=self._template,
+            **self._variables,
+            **options,
+        )
         texts, spans = rendered
         return texts[0], [cast(Span, tuple(span)) for span in spans[0]] if spans else []
 
     def _compare_prefixes(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """Each assistant turn is what its rendering adds to the prompt before it."""
-        messages = conversation.messages
-        text = self._apply(conversation, messages)
+        text = self._apply(conversation)
         spans = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
+        for index, message in enumerate(conversation.messages):
+            if message["role"] != "assistant" or index < conversation.learnt_from:
                 continue
-            before = self._apply(conversation, messages[:index], prompt=True)
-            upto = self._apply(conversation, messages[: index + 1])
+            before = self._apply(conversation, index, prompt=True)
+            upto = self._apply(conversation, index + 1)
+            if self._is_closed_by_eos(conversation, index + 1, upto):
+                upto = upto.removesuffix(self._eos)
             if not (upto.startswith(before) and text.startswith(upto)):
-                raise ConfigInvalid(
-                    "The chat template has no {% generation %} marks, and it renders a turn "
-                    "otherwise once later turns follow, so the assistant's tokens cannot be found.",
+                raise RowRefused(
+                    "the chat template has no {% generation %} marks, and it renders a turn "
+                    "otherwise once later turns follow, so the assistant's tokens cannot be found",
                     "Add {% generation %} marks to the template, or train on single turns.",
                 )
             spans.append((len(before), len(upto)))
         return text, spans
 
-    def _tokenise(self, text: str) -> tuple[list[int], list[int]]:
-        """Token ids, and where in the text (cuts included) each token begins."""
+    def _is_closed_by_eos(self, conversation: Conversation, upto: int, text: str) -> bool:
+        """Whether eos ends the conversation and not its last turn: a next turn takes it off (Phi).
+
+        Where it is the turn's only end, it is still found as the token that follows.
+        """
+        if not (self._eos and text.endswith(self._eos)):
+            return False
+        return not self._apply(conversation, upto, prompt=True).startswith(text)
+
+    def _tokenise(self, text: str) -> Tokens:
         ids: list[int] = []
-        starts: list[int] = []
-        offset = 0
+        offsets = []
+        start = 0
         for piece in text.split(CUT):
             encoded = self._tokenizer(
                 piece, add_special_tokens=False, return_offsets_mapping=True, verbose=False
             )
             ids += encoded["input_ids"]
-            starts += [offset + start for start, _ in encoded["offset_mapping"]]
-            offset += len(piece) + len(CUT)
-        return ids, starts
+            offsets.append(np.array(encoded["offset_mapping"], np.int64).reshape(-1, 2) + start)
+            start += len(piece) + len(CUT)
+        starts, ends = np.concatenate(offsets).T
+        special = np.isin(ids, list(self._special))
+        return Tokens(np.array(ids, np.int32), starts, ends, special)
 
-    def _mask(
-        self, ids: list[int], starts: list[int], text: str, spans: list[Span]
-    ) -> Bool[np.ndarray, " length"]:
-        in_loss = np.zeros(len(ids), dtype=bool)
-        position = np.array(starts)
-        for start, end in spans:
-            inside = np.flatnonzero((position >= start) & (position < end))
-            if inside.size:
-                stop = self._end_of_turn(ids, starts, text, inside, end)
-                in_loss[inside[0] : stop] = True
-        return in_loss
 
-    def _end_of_turn(
-        self, ids: list[int], starts: list[int], text: str, inside: np.ndarray, end: int
-    ) -> int:
-        """One past the last token of a turn that is learnt: its end-of-turn token.
+def _mask(tokens: Tokens, text: str, spans: list[Span]) -> Bool[np.ndarray, " length"]:
+    in_loss = np.zeros(len(tokens.ids), dtype=bool)
+    for start, end in spans:
+        # An answer's first token may begin before it (" Hello" after "ASSISTANT: "); a special
+        # token that takes in the blanks after it may reach into it.
+        begins = (tokens.starts >= start) | ((tokens.ends > start) & ~tokens.special)
+        inside = np.flatnonzero(begins & (tokens.starts < end))
+        if inside.size:
+            in_loss[inside[0] : _end_of_turn(tokens, text, inside, end)] = True
+    return in_loss
 
-        Templates differ in whether their marks leave that token out, or take in the line break
-        that follows it.
-        """
-        last = int(inside[-1])
-        special = [index for index in inside.tolist() if ids[index] in self._special_ids]
-        if special:
-            following = special[-1] + 1
-            if following > last or not text[starts[following] : end].strip():
-                return int(following)
-        if last + 1 < len(ids) and ids[last + 1] in self._special_ids:
-            return last + 2
-        return last + 1
+
+def _end_of_turn(tokens: Tokens, text: str, inside: Int64[np.ndarray, " turn"], end: int) -> int:
+    """One past the last token of a turn that is learnt: its end-of-turn token.
+
+    Templates differ in whether their marks leave that token out, or take in the line break that
+    follows it.
+    """
+    last = int(inside[-1])
+    if (special := inside[tokens.special[inside]]).size:
+        following = int(special[-1]) + 1
+        if following > last or not text[tokens.starts[following] : end].strip():
+            return following
+    if last + 1 < len(tokens.ids) and tokens.special[last + 1]:
+        return last + 2
+    return last + 1
+
+
+def _clock(today: datetime) -> dict[str, str]:
+    """What each directive of ``strftime`` stands for; ``%%`` is taken out first, and put back."""
+    letters = [flag + letter for flag in ("", "-") for letter in string.ascii_letters]
+    directives = {f"%{letter}": today.strftime(f"%{letter}") for letter in letters}
+    return {"%%": "\0", **directives, "\0": "%"}

@@ -1,30 +1,34 @@
 """Reading rows from a file, whatever its type; every bad row keeps its place.
 
-JSONL, a JSON array, CSV and Parquet, each plain, gzipped or compressed with Zstandard. The suffixes
-of the file's name tell the type; where they do not, its first bytes do.
+JSONL, a JSON array, CSV, TSV and Parquet, each plain, gzipped or compressed with Zstandard. The
+suffixes of the file's name tell the type; where they do not, its first bytes do.
 """
 
 import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, Any, Literal, cast
 
 import zstandard
 
 from worker.training.config import DataFile
 from worker.training.errors import DatasetInvalid
+from worker.training.words import describe, shown
 
-FileType = Literal["jsonl", "json", "csv", "parquet"]
+FileType = Literal["jsonl", "json", "csv", "tsv", "parquet"]
 
 SUFFIXES: dict[str, FileType] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "json",
     ".csv": "csv",
+    ".tsv": "tsv",
     ".parquet": "parquet",
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -80,19 +84,24 @@ def read_rows(file: DataFile, source: Source) -> Iterator[Row | BadRow]:
     Raises:
         DatasetInvalid: If the file as a whole cannot be read (truncated, not its type).
     """
-    readers: dict[FileType, Callable[[IO[bytes]], Iterator[Row | BadRow]]] = {
-        "jsonl": _read_jsonl,
-        "json": _read_json_array,
-        "csv": _read_csv,
-        "parquet": _read_parquet,
-    }
-    with _open(file, source.compression) as stream:
-        try:
-            yield from readers[source.type](stream)
-        except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
-            raise DatasetInvalid(
-                f"{file.uri} cannot be decompressed: {error}.", "Is the file whole?"
-            ) from error
+    with _explained(file, source.compression), _open(file, source.compression) as stream:
+        yield from READERS[source.type](stream, file)
+
+
+@contextmanager
+def _explained(file: DataFile, compression: str | None) -> Iterator[None]:
+    try:
+        yield
+    except EOFError as error:
+        raise DatasetInvalid(
+            f"{file.uri} cannot be decompressed: its {compression} data end too early.",
+            "Is the file whole?",
+        ) from error
+    except (gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        raise DatasetInvalid(
+            f"{file.uri} cannot be decompressed: it is not {compression} ({error}).",
+            "Is the file whole, and named by what it is?",
+        ) from error
 
 
 def _suffixes(filename: str) -> list[str]:
@@ -107,26 +116,51 @@ def _open(file: DataFile, compression: str | None) -> Iterator[IO[bytes]]:
             with gzip.GzipFile(fileobj=raw) as stream:
                 yield cast(IO[bytes], stream)
         elif compression == "zstd":
-            with io.BufferedReader(_zstd(raw)) as stream:
+            with io.BufferedReader(_ZstdReader(raw)) as stream:
                 yield stream
         else:
             yield raw
 
 
-def _zstd(raw: IO[bytes]) -> io.RawIOBase:
-    reader = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-    return cast(io.RawIOBase, reader)
+class _ZstdReader(io.RawIOBase):
+    """Frame after frame. ``zstandard``'s own reader takes a truncated frame for a whole one."""
+
+    READ_BYTES = 4096  # a hostile file grows 32,000-fold: as much of it as memory bears
+
+    def __init__(self, raw: IO[bytes]) -> None:
+        self._raw = raw
+        self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._is_inside = False
+        self._ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready and self._decompress():
+            pass
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def _decompress(self) -> bool:
+        """Whether there was more to decompress."""
+        compressed = self._frame.unused_data or self._raw.read(self.READ_BYTES)
+        if not compressed:
+            if self._is_inside:
+                raise EOFError
+            return False
+        if self._frame.eof:
+            self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._ready = self._frame.decompress(compressed)
+        self._is_inside = not self._frame.eof
+        return True
 
 
 def _start_of(file: DataFile, compression: str | None) -> bytes:
     """The first bytes that are not blank; a byte-order mark counts as blank."""
-    try:
-        with _open(file, compression) as stream:
-            start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    except (EOFError, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise DatasetInvalid(
-            f"{file.uri} is not {compression}: {error}.", "Name the file by what it is."
-        ) from error
+    with _explained(file, compression), _open(file, compression) as stream:
+        start = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if not start:
         raise DatasetInvalid(f"{file.uri} is empty.", "Expected one row at least.")
     return start
@@ -134,22 +168,18 @@ def _start_of(file: DataFile, compression: str | None) -> bytes:
 
 def _check_type(named: FileType | None, start: bytes, file: DataFile) -> FileType:
     """The type that the name claims, where the first bytes allow it."""
-    if start.startswith(b"PAR1"):
-        seen: FileType = "parquet"
-    elif start.startswith(b"["):
-        seen = "json"
-    elif start.startswith(b"{"):
-        seen = "jsonl"
-    else:
-        seen = "csv" if named == "csv" else named or "csv"
-        if named is None:
-            raise DatasetInvalid(
-                f"{file.uri} is none of JSONL, a JSON array, CSV and Parquet by its name and its "
-                "first bytes.",
-                "Name it by its type: .jsonl, .json, .csv or .parquet, plain, .gz or .zst.",
-            )
-    if named == "csv" or named is None or {named, seen} <= {"json", "jsonl"}:
-        return "csv" if named == "csv" else seen
+    if named in ("csv", "tsv"):
+        return named  # a header may begin with anything
+    signs: dict[bytes, FileType] = {b"PAR1": "parquet", b"[": "json", b"{": "jsonl"}
+    seen = next((type_ for sign, type_ in signs.items() if start.startswith(sign)), named)
+    if seen is None:
+        raise DatasetInvalid(
+            f"{file.uri} is none of JSONL, a JSON array, CSV, TSV and Parquet by its name and its "
+            "first bytes.",
+            "Name it by its type: .jsonl, .json, .csv, .tsv or .parquet, plain, .gz or .zst.",
+        )
+    if named is None or {named, seen} <= {"json", "jsonl"}:
+        return seen
     if named != seen:
         raise DatasetInvalid(
             f"{file.uri} is named as {named} and begins like {seen}.", "Name it by what it is."
@@ -157,7 +187,7 @@ def _check_type(named: FileType | None, start: bytes, file: DataFile) -> FileTyp
     return named
 
 
-def _read_jsonl(stream: IO[bytes]) -> Iterator[Row | BadRow]:
+def _read_jsonl(stream: IO[bytes], _file: DataFile) -> Iterator[Row | BadRow]:
     number = 0
     while line := stream.readline(MAX_LINE_BYTES + 1):
         number += 1
@@ -204,32 +234,34 @@ def _as_row(value: Any, place: str) -> Row | BadRow:
     return Row(place, value)
 
 
-def _read_json_array(stream: IO[bytes]) -> Iterator[Row | BadRow]:
+def _read_json_array(stream: IO[bytes], file: DataFile) -> Iterator[Row | BadRow]:
     try:
         values = _loads(stream.read().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise DatasetInvalid(f"The file is not UTF-8: byte {error.start}.", None) from error
+        raise DatasetInvalid(f"{file.uri} is not UTF-8: byte {error.start}.", None) from error
     except (ValueError, RecursionError) as error:
         line = f" (line {error.lineno})" if isinstance(error, json.JSONDecodeError) else ""
         raise DatasetInvalid(
-            f"The file is not a JSON array: {_json_problem(error)}{line}.",
+            f"{file.uri} is not a JSON array: {_json_problem(error)}{line}.",
             "One broken row spoils a JSON array; JSONL keeps rows apart.",
         ) from error
     if not isinstance(values, list):
-        raise DatasetInvalid(f"Expected an array of rows, found {describe(values)}.", None)
+        raise DatasetInvalid(
+            f"{file.uri}: expected an array of rows, found {describe(values)}.", None
+        )
     for number, value in enumerate(values, 1):
         yield _as_row(value, f"row {number}")
 
 
-def _read_csv(stream: IO[bytes]) -> Iterator[Row | BadRow]:
+def _read_table(stream: IO[bytes], file: DataFile, delimiter: str) -> Iterator[Row | BadRow]:
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="strict", newline="")
     try:
-        yield from _read_records(csv.DictReader(text, strict=True))
+        yield from _read_records(csv.DictReader(text, strict=True, delimiter=delimiter), file)
     finally:
         text.detach()  # whoever has opened the stream closes it
 
 
-def _read_records(reader: "csv.DictReader[str]") -> Iterator[Row | BadRow]:
+def _read_records(reader: "csv.DictReader[str]", file: DataFile) -> Iterator[Row | BadRow]:
     end = 1
     while True:
         try:
@@ -238,7 +270,7 @@ def _read_records(reader: "csv.DictReader[str]") -> Iterator[Row | BadRow]:
             return
         except (csv.Error, UnicodeDecodeError) as error:
             raise DatasetInvalid(
-                f"The CSV file cannot be read after line {end}: {error}.",
+                f"{file.uri} cannot be read after line {end}: {error}.",
                 "Expected UTF-8 with a header line, quotes doubled inside quotes.",
             ) from error
         place, end = f"line {end + 1}", reader.line_num
@@ -249,34 +281,37 @@ def _read_records(reader: "csv.DictReader[str]") -> Iterator[Row | BadRow]:
             yield Row(place, dict(values))
 
 
-def _read_parquet(stream: IO[bytes]) -> Iterator[Row | BadRow]:
+def _read_parquet(stream: IO[bytes], file: DataFile) -> Iterator[Row | BadRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    content = pa.BufferReader(stream.read())
+    number = 0
     try:
-        table = pq.ParquetFile(pa.BufferReader(stream.read()))
-        number = 0
-        for batch in table.iter_batches(batch_size=1024):
-            for values in batch.to_pylist():
+        for batch in pq.ParquetFile(content).iter_batches(batch_size=1024):
+            for index in range(batch.num_rows):
                 number += 1
-                yield Row(f"row {number}", values)
-    except pa.ArrowException as error:
-        raise DatasetInvalid(f"The Parquet file cannot be read: {error}.", None) from error
+                yield _row_of(batch, index, f"row {number}")
+    except Exception as error:  # of Arrow, OSError, UnicodeDecodeError: damage shows in many ways
+        raise DatasetInvalid(
+            f"{file.uri} cannot be read as Parquet after row {number}: {shown(str(error))}.",
+            "Is the file whole?",
+        ) from error
 
 
-def describe(value: Any) -> str:
-    """A JSON value in a few words, for an error."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return "true" if value else "false"
-        case int() | float():
-            return f"the number {value}"
-        case str():
-            return "an empty string" if not value else f"the string {value[:40]!r}"
-        case list():
-            return "an empty list" if not value else f"a list of {len(value)}"
-        case dict():
-            return f"an object with {', '.join(sorted(map(str, value))[:6]) or 'no fields'}"
-    return type(value).__name__
+def _row_of(batch: Any, index: int, place: str) -> Row | BadRow:
+    """A row of a record batch; strings that are not UTF-8 and dates out of range spoil it alone."""
+    try:
+        return Row(place, batch.slice(index, 1).to_pylist()[0])
+    except Exception as error:
+        return BadRow(place, f"cannot be read: {shown(str(error))}")
+
+
+Reader = Callable[[IO[bytes], DataFile], Iterator[Row | BadRow]]
+READERS: dict[FileType, Reader] = {
+    "jsonl": _read_jsonl,
+    "json": _read_json_array,
+    "csv": partial(_read_table, delimiter=","),
+    "tsv": partial(_read_table, delimiter="\t"),
+    "parquet": _read_parquet,
+}

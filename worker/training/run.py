@@ -15,7 +15,7 @@ from flatlora import FlatLora, FlatLoraConfig, UnsupportedLayer
 from worker.training.adapter import save_adapter
 from worker.training.checkpoints import Checkpoints
 from worker.training.config import TrainingJob
-from worker.training.dataset import Prepared, prepare
+from worker.training.dataset import Prepared, fingerprint, prepare
 from worker.training.errors import ConfigInvalid, OutOfGpuMemory
 from worker.training.loop import train
 from worker.training.model import (
@@ -52,13 +52,13 @@ def run(job: TrainingJob, folder: Path, reporter: Reporter, control: Control) ->
     """
     reporter.phase("validating")
     tokenizer = load_tokenizer(job.base_model)
-    renderer = Renderer(tokenizer, job.data.loss_on)
+    renderer = Renderer(tokenizer, job.data.loss_on, today=job.clock)
     prepared = prepare(job, renderer, max_positions(job.base_model))
     reporter.preflight(prepared.report)
     if job.dry_run:
         return {"dry_run": True}
     reporter.phase("loading")
-    inputs = describe_inputs(job)
+    inputs = describe_inputs(job, prepared)
     identity = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     checkpoints = Checkpoints(folder / "checkpoints", identity, reporter)
     with _deterministic(), _explained_memory(job):
@@ -95,10 +95,10 @@ def _build(job: TrainingJob, prepared: Prepared) -> tuple[Run, PeftModel]:
     return Run(job, model, flat, optimizer, train_rows, held_out, total_steps, device), model
 
 
-def describe_inputs(job: TrainingJob) -> dict[str, Any]:
+def describe_inputs(job: TrainingJob, prepared: Prepared) -> dict[str, Any]:
     """All that determines the adapter, by content: settings, and hashes of what went in."""
     settings = asdict(job)
-    for group in ("job_id", "base_model", "dataset", "validation", "dry_run"):
+    for group in ("job_id", "base_model", "dataset", "validation", "dry_run", "clock"):
         del settings[group]
     return {
         "base_model": {
@@ -109,6 +109,7 @@ def describe_inputs(job: TrainingJob) -> dict[str, Any]:
         "dataset": {"uri": job.dataset.uri, "sha256": job.dataset.sha256},
         "validation": job.validation
         and {"uri": job.validation.uri, "sha256": job.validation.sha256},
+        "tokens_sha256": fingerprint(prepared),
         "settings": settings,
     }
 

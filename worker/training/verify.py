@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from worker.training.adapter import CONFIG, WEIGHTS, base_model_name
+from worker.training.adapter import CONFIG, WEIGHTS
 from worker.training.config import TrainingJob
 from worker.training.errors import PublishFailed
 from worker.training.model import choose_device, choose_dtype, load_base
@@ -77,7 +77,7 @@ def check_files(job: TrainingJob, adapter: Path) -> None:
         "bias": "none",
         "modules_to_save": None,
         "use_dora": False,
-        "base_model_name_or_path": base_model_name(job),
+        "base_model_name_or_path": job.base_model.reference,
     }
     for key, value in promised.items():
         if config.get(key) != value:

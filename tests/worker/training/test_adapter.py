@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from tests.worker.training.conftest import Recorder, folder_bytes, make_tokenizer
 from worker.training.config import TrainingJob
 from worker.training.dataset import prepare
-from worker.training.errors import PublishFailed
+from worker.training.errors import ConfigInvalid, PublishFailed
 from worker.training.rendering import Renderer
 from worker.training.run import run
 from worker.training.verify import verify
@@ -121,7 +121,7 @@ class TestTruth:
 
     def test_a_length_of_zero_learning_is_refused(self, make_job: Make, tmp_path: Path) -> None:
         job = make_job(training={"learning_rate": 1e-45})
-        with pytest.raises(PublishFailed, match="every lora_B is zero"):
+        with pytest.raises(ConfigInvalid, match="every lora_B is zero"):
             run(job, tmp_path, Recorder(), Recorder())
 
 

@@ -6,18 +6,20 @@ from typing import Any
 
 import pytest
 
-from tests.worker.training.conftest import ROWS, chat, make_tokenizer
+from tests.worker.training.conftest import MARKED, ROWS, chat, make_tokenizer
 from worker.training.config import Data, DataFile, Evaluation, TrainingJob
 from worker.training.conversations import Conversation
-from worker.training.dataset import Prepared, prepare, split
-from worker.training.errors import DatasetInvalid
-from worker.training.rendering import Renderer
+from worker.training.dataset import Prepared, describe_report, fingerprint, prepare, split
+from worker.training.errors import ConfigInvalid, DatasetInvalid
+from worker.training.rendering import Example, Renderer
 
 Make = Callable[..., TrainingJob]
 
 
-def prepared(job: TrainingJob, max_positions: int | None = None) -> Prepared:
-    return prepare(job, Renderer(make_tokenizer(), job.data.loss_on), max_positions)
+def prepared(
+    job: TrainingJob, max_positions: int | None = None, template: str = MARKED
+) -> Prepared:
+    return prepare(job, Renderer(make_tokenizer(template), job.data.loss_on), max_positions)
 
 
 def talks(*names: str) -> list[Conversation]:
@@ -28,30 +30,108 @@ class TestSplit:
     def test_equal_rows_never_sit_on_both_sides(self) -> None:
         rows = talks(*(str(n % 20) for n in range(200)))
         for seed in range(20):
-            train, held_out = split(rows, 0.2, 500, seed)
-            assert len(train) + len(held_out) == 200
-            assert held_out
-            seen = {row.canonical() for row in train}
-            assert not seen & {row.canonical() for row in held_out}
+            held = split(rows, 0.2, 500, seed)
+            assert held
+            names = {index % 20 for index in held}
+            assert len(held) == 10 * len(names)
 
     def test_it_does_not_depend_on_the_order_of_the_rows(self) -> None:
         rows = talks(*map(str, range(50)))
-        one, other = split(rows, 0.1, 500, 1)[1], split(rows[::-1], 0.1, 500, 1)[1]
-        assert {row.canonical() for row in one} == {row.canonical() for row in other}
+        one, other = split(rows, 0.1, 500, 1), split(rows[::-1], 0.1, 500, 1)
+        assert one == {49 - index for index in other}
         assert len(one) == 5
 
     def test_the_seed_chooses_and_the_limit_holds(self) -> None:
         rows = talks(*map(str, range(50)))
         assert split(rows, 0.1, 500, 1) != split(rows, 0.1, 500, 2)
-        assert len(split(rows, 0.5, 3, 1)[1]) == 3
+        assert len(split(rows, 0.5, 3, 1)) == 3
 
     def test_one_row_is_held_out_at_least_and_one_left_to_train_on(self) -> None:
-        train, held_out = split(talks("a", "b"), 0.01, 500, 1)
-        assert (len(train), len(held_out)) == (1, 1)
+        assert len(split(talks("a", "b"), 0.01, 500, 1)) == 1
+        assert len(split(talks("a", "b", "c"), 0.5, 500, 1)) == 2
+
+    def test_copies_beyond_the_limit_are_passed_over(self) -> None:
+        rows = talks(*["copy"] * 900, *map(str, range(100)))
+        for seed in range(20):
+            held = split(rows, 0.05, 500, seed)
+            assert len(held) == 50
+            assert min(held) >= 900
+
+    def test_the_fewest_copies_are_held_out_where_none_fit(self) -> None:
+        rows = talks(*["a"] * 900, *["b"] * 20, *["c"] * 800)
+        for seed in range(20):
+            assert split(rows, 0.001, 500, seed) == set(range(900, 920))
 
     def test_rows_that_are_all_the_same_cannot_be_split(self) -> None:
-        with pytest.raises(DatasetInvalid, match="All rows are the same"):
+        with pytest.raises(DatasetInvalid, match="are the same: none can be held out"):
             split(talks("a", "a"), 0.5, 500, 1)
+
+    def test_only_rows_that_survive_are_held_out(self, make_job: Make) -> None:
+        unlearnable = [chat(f"{n}" * 500, "y") for n in range(100, 160)]
+        found = prepared(make_job(rows=[chat("a", "b"), *unlearnable, chat("c", "d")]))
+        assert (len(found.train), len(found.held_out)) == (1, 1)
+        assert found.report["rows"]["dropped_without_targets"] == 60
+
+
+class TestChecks:
+    """What the chat template does not take is a bad row, like any other."""
+
+    TWICE = {"messages": [{"role": "user", "content": "a"}, *chat("b", "c")["messages"]]}
+    ALTERNATING = (
+        "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('Roles must alternate.') }}{% endif %}{% endfor %}" + MARKED
+    )
+    ARGUMENTS = (
+        "{% for m in messages %}{% for call in m.tool_calls or [] %}"
+        "{% for name, value in call.function.arguments | items %}{{ name }}{% endfor %}"
+        "{% endfor %}{% endfor %}" + MARKED
+    )
+    CALL = {
+        "messages": [
+            {"role": "user", "content": "a"},
+            {
+                "role": "assistant",
+                "content": "b",
+                "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}],
+            },
+        ]
+    }
+
+    def test_a_row_that_the_template_refuses_is_named(self, make_job: Make) -> None:
+        job = make_job(rows=[*ROWS, self.TWICE, {"messages": 1}])
+        with pytest.raises(DatasetInvalid) as caught:
+            prepared(job, template=self.ALTERNATING)
+        assert caught.value.message == (
+            "2 of 42 rows of file:rows.jsonl cannot be used: line 41: the chat template refuses a "
+            "conversation of user, user, assistant: Roles must alternate.; line 42: messages: "
+            "expected a list of messages, found the number 1."
+        )
+
+    @pytest.mark.parametrize(
+        ("row", "template", "words"),
+        [(TWICE, ALTERNATING, "Roles must alternate"), (CALL, ARGUMENTS, "TypeError: ")],
+    )
+    def test_such_rows_are_counted(
+        self, make_job: Make, row: Any, template: str, words: str
+    ) -> None:
+        job = make_job(rows=[row, *ROWS], data={"max_bad_rows": 1})
+        report = prepared(job, template=template).report
+        assert report["rows"]["bad"] == 1
+        assert report["bad_rows"][0]["place"] == "line 1"
+        assert words in report["bad_rows"][0]["problem"]
+
+    def test_a_template_that_takes_no_row_is_the_jobs_fault(self, make_job: Make) -> None:
+        template = "{{ raise_exception('No roles at all.\n') }}"
+        job = make_job(data={"max_bad_rows": 10**9})
+        with pytest.raises(ConfigInvalid, match=r"can render no row of file:rows\.jsonl") as caught:
+            prepared(job, template=template)
+        assert "user, assistant: No roles at all." in caught.value.message
+        assert caught.value.message.isprintable()
+
+    def test_a_template_that_renders_no_assistant_turn_is_refused(self, make_job: Make) -> None:
+        template = MARKED.replace("m['role'] == 'assistant'", "m['role'] == 'model'")
+        with pytest.raises(ConfigInvalid, match="renders no assistant turn"):
+            prepared(make_job(), template=template)
 
 
 class TestReport:
@@ -78,7 +158,7 @@ class TestReport:
         assert segments[1]["text"].endswith("<|im_end|>")
 
     def test_rows_that_all_lose_their_targets_fail_the_job(self, make_job: Make) -> None:
-        with pytest.raises(DatasetInvalid, match="nothing is left to train on"):
+        with pytest.raises(DatasetInvalid, match=r"nothing is left of file:rows\.jsonl"):
             prepared(make_job(data={"max_length": 12}))
 
     def test_a_length_beyond_the_model_is_lowered_and_said(self, make_job: Make) -> None:
@@ -95,6 +175,65 @@ class TestReport:
         assert (len(found.train), len(found.held_out)) == (len(ROWS), 2)
         assert any("1 held-out rows are also among" in text for text in found.report["warnings"])
 
+    def test_the_rows_of_both_files_add_up(
+        self, make_job: Make, data_file: Callable[..., DataFile]
+    ) -> None:
+        unlearnable = chat("x" * 500, "y")
+        rows = [*ROWS[:9], {"messages": 2}, unlearnable, *ROWS[20:30]]
+        validation = data_file(rows, "validation.jsonl")
+        job = make_job(rows=[{"messages": 1}, *ROWS], data={"max_bad_rows": 1})
+        job = replace(job, validation=validation, evaluation=Evaluation(max_rows=15))
+        found = prepared(job)
+        assert found.report["rows"] == {
+            "read": 41,
+            "used": 40,
+            "held_out": 0,
+            "bad": 1,
+            "truncated": 0,
+            "dropped_without_targets": 0,
+            "duplicates": 0,
+        }
+        assert found.report["validation"]["rows"] == {
+            "read": 21,
+            "held_out": 15,
+            "beyond_max_rows": 4,
+            "bad": 1,
+            "truncated": 1,
+            "dropped_without_targets": 1,
+        }
+        assert len(found.held_out) == 15
+        assert found.report["bad_rows"][0]["place"] == "line 1"
+        assert found.report["validation"]["bad_rows"][0]["place"] == "line 10"
+        warnings = found.report["warnings"]
+        assert "1 bad rows of file:validation.jsonl were skipped" in " ".join(warnings)
+        lines = dict(describe_report(found.report))
+        assert lines["validation"] == "chat in jsonl, file:validation.jsonl"
+
+    def test_a_bad_row_of_the_held_out_file_is_told_with_its_file(
+        self, make_job: Make, data_file: Callable[..., DataFile]
+    ) -> None:
+        validation = data_file([{"messages": 2}], "validation.jsonl")
+        with pytest.raises(DatasetInvalid, match=r"1 of 1 rows of file:validation\.jsonl"):
+            prepared(replace(make_job(), validation=validation))
+        validation = data_file([chat("x" * 500, "y")], "validation.jsonl")
+        with pytest.raises(DatasetInvalid, match=r"nothing is left of file:validation\.jsonl"):
+            prepared(replace(make_job(), validation=validation))
+
+    @pytest.mark.parametrize("loss_on", ["assistant", "last_assistant", "all"])
+    def test_a_turn_without_an_end_is_warned_of(self, make_job: Make, loss_on: str) -> None:
+        job = make_job(data={"loss_on": loss_on})
+        assert not prepared(job).report["warnings"]
+        template = MARKED.replace("<|im_end|>", "").replace("<|im_start|>", "")
+        (warning,) = prepared(job, template=template).report["warnings"]
+        assert warning == (
+            "No end-of-turn token is in the loss: the adapter will not learn to stop."
+        )
+
+    def test_a_cut_row_has_no_end_and_is_not_warned_of(self, make_job: Make) -> None:
+        rows = [chat("x", f"{n}" * 500) for n in range(5)]
+        (warning,) = prepared(make_job(rows=rows)).report["warnings"]
+        assert warning == "5 rows were cut at 128 tokens."
+
     def test_steps_follow_from_epochs(self, make_job: Make) -> None:
         job = make_job(training={"epochs": 2.5, "max_steps": None})
         used = prepared(job).report["rows"]["used"]
@@ -105,3 +244,30 @@ class TestReport:
 def test_data_options_default_to_the_contracts(make_job: Make) -> None:
     options: Any = Data()
     assert (options.format, options.max_bad_rows, options.loss_on) == ("auto", 0, "assistant")
+
+
+class TestFingerprint:
+    def test_it_is_the_same_for_the_same_rows(self, make_job: Make) -> None:
+        assert fingerprint(prepared(make_job())) == fingerprint(prepared(make_job()))
+
+    def test_it_tells_every_id_mask_and_side(self, make_job: Make) -> None:
+        found = prepared(make_job())
+        first, *rest = found.train
+        other_id, other_mask = first.ids.copy(), first.in_loss.copy()
+        other_id[0] ^= 1
+        other_mask[-1] ^= True
+        half = len(first.ids) // 2
+        halves = [
+            Example(first.ids[:half], first.in_loss[:half]),
+            Example(first.ids[half:], first.in_loss[half:]),
+        ]
+        variants = [
+            found,
+            replace(found, train=[Example(other_id, first.in_loss), *rest]),
+            replace(found, train=[Example(first.ids, other_mask), *rest]),
+            replace(found, train=[*halves, *rest]),
+            replace(found, train=[*rest, first]),
+            replace(found, train=rest, held_out=[first, *found.held_out]),
+            replace(found, train=[*found.train, *found.held_out], held_out=[]),
+        ]
+        assert len({fingerprint(variant) for variant in variants}) == len(variants)

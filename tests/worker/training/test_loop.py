@@ -156,12 +156,19 @@ class TestStops:
 
     def test_losses_that_are_not_finite_end_the_run(self, make_job: Make, tmp_path: Path) -> None:
         job = make_job(training={"learning_rate": 1.0, "max_bad_losses": 2, "warmup_ratio": 0.0})
-        recorder = PoisonAfter(3)
-        with pytest.raises(LossDiverged, match=r"2 steps in a row, up to step 5 of 8"):
+        recorder = PoisonAfter(5)
+        with pytest.raises(LossDiverged, match=r"2 steps in a row, up to step 7 of 8"):
             run(job, tmp_path, recorder, recorder)
         assert recorder.steps[-1]["loss"] is None
         names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-        assert names == ["ckpt-000002", "ckpt-000004"]
+        assert names == ["ckpt-000000004", "ckpt-000000006"]
+
+    def test_a_held_out_loss_that_is_not_finite_ends_the_run(
+        self, make_job: Make, tmp_path: Path
+    ) -> None:
+        recorder = PoisonAfter(3)
+        with pytest.raises(LossDiverged, match="held-out rows is not finite after step 4"):
+            run(make_job(), tmp_path, recorder, recorder)
 
     def test_unknown_target_modules_are_named_with_the_known(
         self, make_job: Make, tmp_path: Path

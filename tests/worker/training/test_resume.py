@@ -6,12 +6,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from tests.worker.training.conftest import Recorder, folder_bytes
+from tests.worker.training.conftest import MARKED, Recorder, folder_bytes, make_tokenizer
 from worker.inputs import write_job
 from worker.training.config import TrainingJob
 from worker.training.errors import Stopped
@@ -122,7 +123,7 @@ class TestCheckpoints:
     ) -> None:
         folder = tmp_path / "damaged"
         stop_after(job, folder, 5)
-        DAMAGES[name](folder / "checkpoints" / "ckpt-000005")
+        DAMAGES[name](folder / "checkpoints" / "ckpt-000000005")
         resumed = finish(job, folder)
         assert folder_bytes(folder / "adapter") == unbroken
         types = [type_ for type_, _ in resumed.events]
@@ -148,20 +149,34 @@ class TestCheckpoints:
         assert resumed.steps[0]["step"] == 1
         assert "other settings" in resumed.events[0][1]
 
+    def test_one_of_other_tokens_is_not_used(self, job: TrainingJob, tmp_path: Path) -> None:
+        """Such as those of a chat template that prints the date, on another day."""
+        folder, base = tmp_path / "run", tmp_path / "base"
+        shutil.copytree(job.base_model.path, base)
+        make_tokenizer("{{ strftime_now('%d %b %Y') }}\n" + MARKED).save_pretrained(base)
+        first, later = (datetime(2026, 1, day, tzinfo=UTC) for day in (1, 2))
+        job = replace(job, base_model=replace(job.base_model, path=base), clock=first)
+        stop_after(job, folder, 3)
+        stop_after(job, folder, 5)
+        assert finish(job, folder).steps[0]["step"] == 6
+        resumed = finish(replace(job, clock=later), folder)
+        assert resumed.steps[0]["step"] == 1
+        assert "other settings" in resumed.events[0][1]
+
     def test_a_torn_write_is_not_seen(
         self, job: TrainingJob, unbroken: dict[str, bytes], tmp_path: Path
     ) -> None:
         folder = tmp_path / "torn"
         stop_after(job, folder, 5)
         checkpoints = folder / "checkpoints"
-        shutil.copytree(checkpoints / "ckpt-000005", checkpoints / "ckpt-000006.tmp")
+        shutil.copytree(checkpoints / "ckpt-000000005", checkpoints / "ckpt-000000006.tmp")
         assert finish(job, folder).steps[0]["step"] == 6
         assert folder_bytes(folder / "adapter") == unbroken
 
     def test_the_newest_two_are_kept(self, job: TrainingJob, tmp_path: Path) -> None:
         finish(job, tmp_path)
         names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-        assert names == ["ckpt-000006", "ckpt-000008"]
+        assert names == ["ckpt-000000006", "ckpt-000000008"]
 
     def test_nothing_in_them_is_pickled(self, job: TrainingJob, tmp_path: Path) -> None:
         finish(job, tmp_path)

@@ -1,43 +1,21 @@
-"""Every row is read or named with its place, whatever the file."""
+"""Every row is read or named with its place, whatever its shape."""
 
-import gzip
-import io
 import json
 from collections.abc import Callable
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import zstandard
 
 from tests.worker.training.conftest import ROWS, chat
 from worker.training.config import Data, DataFile
 from worker.training.conversations import Conversation
 from worker.training.dataset import read
-from worker.training.errors import DatasetInvalid
+from worker.training.errors import ConfigInvalid, DatasetInvalid
 
 Write = Callable[..., DataFile]
 
 FIVE = ROWS[:5]
 GOOD = json.dumps(chat("Hello", "Hi")).encode()
-
-FILES: dict[str, Callable[[], bytes]] = {
-    "rows.jsonl": lambda: b"\n".join(json.dumps(row).encode() for row in FIVE),
-    "rows.json": lambda: json.dumps(FIVE).encode(),
-    "rows.parquet": lambda: parquet(FIVE),
-}
-COMPRESSED: dict[str, Callable[[bytes], bytes]] = {
-    "": lambda content: content,
-    ".gz": gzip.compress,
-    ".zst": zstandard.compress,
-}
-
-
-def parquet(rows: list[Any]) -> bytes:
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), buffer)
-    return buffer.getvalue()
 
 
 def problem(
@@ -48,51 +26,6 @@ def problem(
     return caught.value.message
 
 
-class TestFiles:
-    @pytest.mark.parametrize("suffix", COMPRESSED)
-    @pytest.mark.parametrize("filename", FILES)
-    def test_each_type_and_compression_gives_the_same_conversations(
-        self, data_file: Write, filename: str, suffix: str
-    ) -> None:
-        content = COMPRESSED[suffix](FILES[filename]())
-        found = read(data_file(content, filename + suffix), Data())
-        assert found.conversations == [Conversation(row["messages"]) for row in FIVE]
-        assert found.source.type == filename.removeprefix("rows.")
-
-    @pytest.mark.parametrize("suffix", COMPRESSED)
-    def test_csv_holds_prompts_and_completions(self, data_file: Write, suffix: str) -> None:
-        content = b'\xef\xbb\xbfprompt,completion\n"two\nlines","says ""hi"""\nplain,answer\n'
-        found = read(data_file(COMPRESSED[suffix](content), "rows.csv" + suffix), Data())
-        assert found.format == "prompt_completion"
-        assert found.conversations[0].messages[0]["content"] == "two\nlines"
-        assert found.conversations[0].messages[1]["content"] == 'says "hi"'
-
-    def test_lines_that_are_named_as_an_array_are_recognised(self, data_file: Write) -> None:
-        assert read(data_file(FILES["rows.jsonl"](), "rows.json"), Data()).source.type == "jsonl"
-
-    def test_a_name_without_a_type_is_recognised_by_its_content(self, data_file: Write) -> None:
-        assert read(data_file(FILES["rows.parquet"](), "upload"), Data()).source.type == "parquet"
-
-    @pytest.mark.parametrize(
-        ("content", "filename", "words"),
-        [
-            (b"", "rows.jsonl", "is empty"),
-            (b" \n \n", "rows.jsonl", "is empty"),
-            (b"hello", "rows", "none of JSONL, a JSON array, CSV and Parquet"),
-            (b"[1,", "rows.json", "not a JSON array"),
-            (b"PAR1 and nothing more", "rows.parquet", "Parquet file cannot be read"),
-            (b"PAR1", "rows.jsonl", "named as jsonl and begins like parquet"),
-            (b"no gzip", "rows.jsonl.gz", "is not gzip"),
-            (gzip.compress(GOOD * 9000)[:-40], "rows.jsonl.gz", "cannot be decompressed"),
-            (b'prompt,completion\n"open', "rows.csv", "cannot be read after line 1"),
-        ],
-    )
-    def test_a_file_that_cannot_be_read_says_why(
-        self, data_file: Write, content: bytes, filename: str, words: str
-    ) -> None:
-        assert words in problem(data_file, content, filename)
-
-
 BAD_LINES: dict[str, tuple[bytes, str]] = {
     "no JSON": (b"{oops}", "not JSON: Expecting property name"),
     "no object": (b"[1]", "expected an object, found a list of 1"),
@@ -101,6 +34,16 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "too deep": (b"[" * 100_000, "nested too deeply"),
     "too long": (b'"' + b"x" * (1 << 20) + b'"', "longer than 1,048,576 bytes"),
 }
+
+
+def calls(tool_calls: Any) -> dict[str, Any]:
+    answer = {"role": "assistant", "content": "", "tool_calls": tool_calls}
+    return {"messages": [{"role": "user", "content": "x"}, answer]}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    return {"a": nested(depth - 1)} if depth else {}
+
 
 BAD_ROWS: dict[str, tuple[Any, str]] = {
     "no messages": ({"messages": []}, "messages: expected a list of messages, found an empty list"),
@@ -136,6 +79,47 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
         {"messages": [{"role": "assistant", "content": "x"}]},
         "messages: expected a user turn before the first answer, found assistant",
     ),
+    "half a character": (
+        chat("Hello", "ha\ud83d"),
+        "messages[1].content: expected valid Unicode text, found the lone surrogate U+D83D at "
+        "character 3",
+    ),
+    "a NUL": (
+        chat("\0", "Hi"),
+        "messages[0].content: expected valid Unicode text, found the character U+0000",
+    ),
+    "half a character in an argument": (
+        calls([{"function": {"name": "f", "arguments": {"x": ["\udc00"]}}}]),
+        "messages[1].tool_calls[0].function.arguments.x[0]: expected valid Unicode text",
+    ),
+    "half a character in a field's name": (
+        calls([{"\ud83d": 1}]),
+        "messages[1].tool_calls[0]: expected valid Unicode text",
+    ),
+    "half a character in a tool": (
+        {**chat("Hello", "Hi"), "tools": [{"name": "\ud83d"}]},
+        "tools[0].name: expected valid Unicode text",
+    ),
+    "tool calls that are none": (
+        calls(5),
+        "messages[1].tool_calls: expected a list of objects, found the number 5",
+    ),
+    "a tool call that is none": (
+        calls(["f()"]),
+        "messages[1].tool_calls: expected a list of objects, found a list of 1",
+    ),
+    "deep arguments": (
+        calls([nested(80)]),
+        "messages[1].tool_calls[0].a.a.a",
+    ),
+    "a tool that is none": (
+        {**chat("Hello", "Hi"), "tools": ["f"]},
+        "tools: expected a list of objects, found a list of 1",
+    ),
+    "a name that is none": (
+        {"messages": [{"role": "user", "content": "x", "name": 5}]},
+        "messages[0].name: expected a string, found the number 5",
+    ),
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         "messages[0].content[0]: expected a text part",
@@ -148,7 +132,7 @@ class TestBadRows:
     def test_a_bad_line_is_named(self, data_file: Write, name: str) -> None:
         line, words = BAD_LINES[name]
         message = problem(data_file, GOOD + b"\n\n" + line + b"\n" + GOOD)
-        assert "1 of 3 rows cannot be used: line 3: " in message
+        assert "1 of 3 rows of file:rows.jsonl cannot be used: line 3: " in message
         assert words in message
 
     @pytest.mark.parametrize("name", BAD_ROWS)
@@ -168,6 +152,34 @@ class TestBadRows:
         message = problem(data_file, [*FIVE, *[{"messages": []}] * 9])
         assert message.count("line ") == 5
         assert "and 4 more" in message
+
+    @pytest.mark.parametrize(
+        "row",
+        [
+            {"\ud83d\0\x1b[31m": "x"},
+            {"messages": "\ud83d\0\x1b[31m" * 99},
+            {"messages": {"\ud83d\0\x1b[31m" * 99: 1}},
+            {"messages": [{"role": "\ud83d\0"}]},
+            {"messages": [{"role": "user", "content": "x", "\ud83d\0": 1}]},
+            {**chat("Hello", "Hi"), "tools": [{"\0" * 99: "\0"}]},
+            {"conversations": [{"from": "\ud83d\0", "value": "x"}]},
+            {f"column {n}": 1 for n in range(999)},
+        ],
+    )
+    def test_what_is_said_of_a_row_is_short_and_printable(
+        self, data_file: Write, row: dict[str, Any]
+    ) -> None:
+        message = problem(data_file, [row])
+        assert message.isprintable()
+        assert len(message) < 600
+
+    def test_a_completion_of_messages_holds_an_answer(self, data_file: Write) -> None:
+        row = {
+            "prompt": chat("Q", "A")["messages"],
+            "completion": [{"role": "user", "content": "x"}],
+        }
+        message = problem(data_file, [row])
+        assert "completion: expected an assistant turn to learn from, found user" in message
 
     def test_a_csv_line_of_the_wrong_width_is_named(self, data_file: Write) -> None:
         content = b'prompt,completion\n"a\nb",c\nd\n'
@@ -209,6 +221,44 @@ class TestFormats:
         mapping = {"prompt": "question", "completion": "answer"}
         rows = [{"question": "Q", "answer": "A", "id": 3}]
         assert read(data_file(rows), Data(mapping=mapping)).format == "prompt_completion"
+
+    def test_a_mapped_column_wins_over_one_of_the_expected_name(self, data_file: Write) -> None:
+        rows = [{"question": "Q", "prompt": 7, "completion": "A"}]
+        found = read(data_file(rows), Data(mapping={"prompt": "question"}))
+        assert found.conversations == [Conversation(chat("Q", "A")["messages"])]
+
+    @pytest.mark.parametrize(
+        ("options", "words"),
+        [
+            ({}, "renames to promt, which no format reads"),
+            ({"format": "chat"}, "renames to promt, which the format chat does not read"),
+        ],
+    )
+    def test_a_mapping_to_a_name_that_nothing_reads_is_refused(
+        self, data_file: Write, options: dict[str, Any], words: str
+    ) -> None:
+        with pytest.raises(ConfigInvalid, match=words) as caught:
+            read(data_file(FIVE), Data(mapping={"promt": "question"}, **options))
+        assert "messages" in str(caught.value.hint)
+
+    def test_a_mapping_from_a_column_that_no_row_has_is_refused(self, data_file: Write) -> None:
+        rows = [{"question": "Q", "completion": "A"}]
+        with pytest.raises(ConfigInvalid, match="names qestion, which no row of") as caught:
+            read(data_file(rows), Data(mapping={"prompt": "qestion"}))
+        assert caught.value.hint == "Its rows have completion, question."
+
+    def test_a_row_without_a_mapped_column_is_bad(self, data_file: Write) -> None:
+        rows = [{"question": "Q", "completion": "A"}, {"completion": "A"}]
+        message = problem(data_file, rows, mapping={"prompt": "question"})
+        assert "line 2: prompt: expected the column question (data.mapping), found only" in message
+
+    def test_answers_in_a_prompt_of_messages_are_context(self, data_file: Write) -> None:
+        row = {
+            "prompt": [*chat("1", "2")["messages"], {"role": "user", "content": "Q"}],
+            "completion": [{"role": "assistant", "content": "A"}],
+        }
+        (conversation,) = read(data_file([row]), Data()).conversations
+        assert conversation.learnt_from == 3
 
     def test_unknown_columns_are_listed(self, data_file: Write) -> None:
         message = problem(data_file, [{"text": "x", "id": 1}])

@@ -1,0 +1,161 @@
+"""The preflight report: plain JSON, and in lines for a person."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from worker.training.config import TrainingJob
+from worker.training.conversations import Conversation
+from worker.training.order import total_steps
+from worker.training.reading import Read, Usable
+from worker.training.rendering import Example, Renderer
+
+BAD_ROWS_SHOWN = 20
+
+
+def describe(
+    job: TrainingJob,
+    dataset: Usable,
+    validation: Usable | None,
+    train: Sequence[Example],
+    renderer: Renderer,
+    max_length: int,
+) -> dict[str, Any]:
+    """The report as plain JSON.
+
+    Args:
+        job: The job.
+        dataset: Rows that are trained on or held out.
+        validation: Rows of a file of their own that are held out.
+        train: The examples that are trained on.
+        renderer: Shows the first of them, and knows how turns end.
+        max_length: Tokens that rows were cut at.
+    """
+    found = dataset.found
+    lengths = np.array([len(example.ids) for example in train])
+    used = len(train)
+    report = {
+        "format": _format(found),
+        "rows": {
+            "read": found.rows,
+            "used": used,
+            "held_out": len(dataset.examples) - used,
+            "bad": len(found.bad_rows),
+            "truncated": dataset.truncated,
+            "dropped_without_targets": dataset.without_targets,
+            "duplicates": _duplicates(found.conversations),
+        },
+        "bad_rows": _bad_rows(found),
+        "tokens": {
+            "all": int(lengths.sum()),
+            "in_loss": sum(example.targets for example in train),
+        },
+        "length": {
+            "p50": int(np.percentile(lengths, 50)),
+            "p90": int(np.percentile(lengths, 90)),
+            "p99": int(np.percentile(lengths, 99)),
+            "max": int(lengths.max()),
+            "limit": max_length,
+        },
+        "steps": total_steps(job.training, used),
+        "tokens_per_step": round(float(lengths.mean()) * job.training.batch_size),
+        "first_example": renderer.segments(train[0]),
+        "warnings": list(_warnings(job, dataset, validation, renderer, max_length)),
+    }
+    if validation:
+        report["validation"] = _describe_validation(validation, job.evaluation.max_rows)
+    return report
+
+
+def _describe_validation(usable: Usable, max_rows: int) -> dict[str, Any]:
+    found, held_out = usable.found, min(len(usable.examples), max_rows)
+    return {
+        "uri": found.file.uri,
+        "format": _format(found),
+        "rows": {
+            "read": found.rows,
+            "held_out": held_out,
+            "beyond_max_rows": len(usable.examples) - held_out,
+            "bad": len(found.bad_rows),
+            "truncated": usable.truncated,
+            "dropped_without_targets": usable.without_targets,
+        },
+        "bad_rows": _bad_rows(found),
+    }
+
+
+def _format(found: Read) -> dict[str, Any]:
+    return {
+        "name": found.format,
+        "file": found.source.type,
+        "compression": found.source.compression,
+    }
+
+
+def _bad_rows(found: Read) -> list[dict[str, str]]:
+    return [{"place": row.place, "problem": row.problem} for row in found.bad_rows[:BAD_ROWS_SHOWN]]
+
+
+def _duplicates(conversations: Sequence[Conversation]) -> int:
+    counts = Counter(conversation.canonical() for conversation in conversations)
+    return sum(count - 1 for count in counts.values())
+
+
+def _warnings(
+    job: TrainingJob,
+    dataset: Usable,
+    validation: Usable | None,
+    renderer: Renderer,
+    max_length: int,
+) -> Iterator[str]:
+    if max_length < job.data.max_length:
+        yield (
+            f"data.max_length {job.data.max_length} is more than the {max_length} positions of the "
+            f"base model: rows are cut at {max_length}."
+        )
+    if not any(renderer.learns_to_stop(example) for example in dataset.found.examples):
+        yield "No end-of-turn token is in the loss: the adapter will not learn to stop."
+    for usable in filter(None, (dataset, validation)):
+        where = f" of {usable.found.file.uri}" if validation else ""
+        if bad := len(usable.found.bad_rows):
+            yield f"{bad} bad rows{where} were skipped, as data.max_bad_rows allows."
+        if usable.truncated:
+            yield f"{usable.truncated} rows{where} were cut at {max_length} tokens."
+        if usable.without_targets:
+            yield (
+                f"{usable.without_targets} rows{where} were dropped: no token in the loss was left "
+                "in them."
+            )
+    if validation:
+        seen = {conversation.canonical() for conversation in dataset.conversations}
+        held_out = validation.conversations[: job.evaluation.max_rows]
+        if both := sum(conversation.canonical() in seen for conversation in held_out):
+            yield f"{both} held-out rows are also among the rows to train on."
+
+
+def describe_report(report: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The report in lines of two, for a person."""
+    rows, tokens, length = report["rows"], report["tokens"], report["length"]
+    lines = [
+        ("format", _kind(report["format"])),
+        ("rows", f"{rows['read']} read, {rows['used']} to train on, {rows['held_out']} held out"),
+        ("left out", f"{rows['bad']} bad, {rows['dropped_without_targets']} without targets"),
+        ("truncated", f"{rows['truncated']} at {length['limit']} tokens"),
+        ("duplicates", str(rows["duplicates"])),
+        ("tokens", f"{tokens['all']:,}, of them {tokens['in_loss']:,} in the loss"),
+        ("length", f"median {length['p50']}, p90 {length['p90']}, longest {length['max']}"),
+        ("steps", f"{report['steps']} of about {report['tokens_per_step']:,} tokens"),
+    ]
+    if validation := report.get("validation"):
+        held = validation["rows"]
+        lines += [
+            ("validation", f"{_kind(validation['format'])}, {validation['uri']}"),
+            ("", f"{held['read']} read, {held['held_out']} held out, {held['bad']} bad"),
+        ]
+    return lines
+
+
+def _kind(found: Mapping[str, Any]) -> str:
+    return f"{found['name']} in {' '.join(filter(None, (found['file'], found['compression'])))}"
