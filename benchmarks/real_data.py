@@ -16,6 +16,7 @@ import platform
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +67,14 @@ def used_rows(validation: Path, report: Json) -> list[Any]:
 
     The report counts the rows that were left out and does not name them.
     """
-    counts = report["rows"]
+    counts = report["validation"]["rows"]
     left_out = counts["bad"] + counts["dropped_without_targets"]
     if left_out:
         sys.exit(
-            f"{left_out} rows were left out ({counts['bad']} bad, "
+            f"{left_out} held-out rows were left out ({counts['bad']} bad, "
             f"{counts['dropped_without_targets']} without a token to learn within "
-            f"{report['length']['limit']}): which held-out rows the job has used is not known. "
-            "Give files of which every row can be used."
+            f"{report['length']['limit']}): which ones the job has used is not known. "
+            "Give a file of which every row can be used."
         )
     return load_rows(validation)[: counts["held_out"]]
 
@@ -82,6 +83,7 @@ def used_rows(validation: Path, report: Json) -> list[Any]:
 def held_out_loss(base_model: Path, adapter: Path, rows: list[Any], max_length: int) -> float:
     """Mean cross-entropy over the assistant's tokens: transformers, PEFT and torch alone."""
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # PEFT asks by the old name
     tokenizer = AutoTokenizer.from_pretrained(adapter)
     base = AutoModelForCausalLM.from_pretrained(base_model, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, adapter).eval()

@@ -39,9 +39,9 @@ def train(
     settings, order = run.job.training, RowOrder(len(run.train), run.job.training, run.job.seed)
     evaluate_every = run.job.evaluation.every_steps or max(20, math.ceil(run.total_steps / 4))
     checkpoint_every = settings.checkpoint_steps or max(10, math.ceil(run.total_steps / 10))
-    pace = Pace(state.step)
     if not state.held_out:
         _evaluate(run, state, reporter)
+    pace = Pace(state.step)
     run.model.train()
     while state.step < run.total_steps:
         if wish := control.wish():
@@ -53,13 +53,12 @@ def train(
         learning_rate = learning_rate_at(state.step, run.total_steps, settings)
         loss, tokens = _forward_backward(run, state.step, rows)
         grad_norm = nn.utils.clip_grad_norm_(run.parameters, settings.max_grad_norm).item()
-        if math.isfinite(loss) and math.isfinite(grad_norm):
+        is_good = math.isfinite(loss) and math.isfinite(grad_norm)
+        state.bad_losses = 0 if is_good else state.bad_losses + 1
+        if is_good:
             for group in run.optimizer.param_groups:
                 group["lr"] = learning_rate
             run.optimizer.step()
-            state.bad_losses = 0
-        else:
-            state.bad_losses += 1
         run.optimizer.zero_grad(set_to_none=True)
 
         sigma = sigma_at(state.step, run.total_steps, run.job.sigma)
@@ -80,17 +79,21 @@ def train(
                 **_memory(run.device),
             },
         )
-        if state.bad_losses >= settings.max_bad_losses:
-            raise LossDiverged(
-                f"The loss was not finite in {state.bad_losses} steps in a row, up to step "
-                f"{state.step} of {run.total_steps}.",
-                "Lower training.learning_rate or sigma, and look at the rows.",
-            )
+        _check_losses(run, state)
         is_last = state.step == run.total_steps
         if is_last or state.step % evaluate_every == 0:
             _evaluate(run, state, reporter)
         if is_last or state.step % checkpoint_every == 0:
             checkpoints.save(run, state)
+
+
+def _check_losses(run: Run, state: State) -> None:
+    if state.bad_losses >= run.job.training.max_bad_losses:
+        raise LossDiverged(
+            f"The loss was not finite in {state.bad_losses} steps in a row, up to step "
+            f"{state.step} of {run.total_steps}.",
+            "Lower training.learning_rate or sigma, and look at the rows.",
+        )
 
 
 def _forward_backward(run: Run, step: int, rows: Sequence[Example]) -> tuple[float, int]:
