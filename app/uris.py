@@ -52,15 +52,6 @@ def file_uri(path: Path) -> str:
     return f"file:{quote(os.fsencode(path))}"
 
 
-def local_path(uri: str) -> Path:
-    """The path that a ``file:`` URI names, as it is written there; a hub id as it is.
-
-    Raises:
-        UriError: If it is no ``file:`` URI of a path on this machine.
-    """
-    return _path_of(uri) if uri.startswith("file:") else Path(uri)
-
-
 def resolve_dataset_file(uri: str, roots: Sequence[Path]) -> Path:
     """The file behind a ``file:`` URI, if it lies below one of the roots."""
     path = _resolve(uri, roots, setting="FLATLORA_DATASET_ROOTS")

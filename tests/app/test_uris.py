@@ -12,7 +12,6 @@ from app.uris import (
     UriError,
     check_hub_id,
     file_uri,
-    local_path,
     resolve_dataset_file,
     resolve_model_folder,
 )
@@ -94,24 +93,7 @@ class TestFileUri:
     def test_it_leads_back_to_the_path(self, tmp_path: Path, name: str) -> None:
         path = tmp_path / name
         path.touch()
-        assert local_path(file_uri(path)) == path
         assert resolve_dataset_file(file_uri(path), [tmp_path]) == path
-
-    @pytest.mark.parametrize(
-        ("uri", "path"),
-        [
-            ("file:tiny%20base", "tiny base"),
-            ("file:///models/a%25b", "/models/a%b"),
-            ("file://localhost/models/a", "/models/a"),
-            ("org/some-model_1.5", "org/some-model_1.5"),
-        ],
-    )
-    def test_a_hub_id_is_its_own_path(self, uri: str, path: str) -> None:
-        assert local_path(uri) == Path(path)
-
-    def test_a_path_on_another_machine_is_none(self) -> None:
-        with pytest.raises(UriError, match="on this machine"):
-            local_path("file://host/models/a")
 
 
 def test_a_model_in_a_cache_of_links_is_found(tmp_path: Path) -> None:
