@@ -34,7 +34,8 @@ TOTAL_STEPS = 1000
 def load(folder: Path) -> nn.Module:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # PEFT asks by the old name
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE).to(DEVICE)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE)
+    base.to(DEVICE)  # type: ignore[arg-type] # transformers' own signature has lost its self
     torch.manual_seed(0)
     config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
     return get_peft_model(base, config).train()
