@@ -295,13 +295,17 @@ async def _http_exception(request: Request, error: Exception) -> JSONResponse:
         case 404:
             named = NotFound(f"There is no {path!r} here.", "The routes are at /docs.")
         case 405:
-            named = MethodNotAllowed(f"{path!r} does not answer to {request.method}.")
-            named.headers["Allow"] = ", ".join(sorted(_operations(request))).upper()
+            allowed = ", ".join(sorted(_operations(request))).upper()
+            named = MethodNotAllowed(
+                f"{path!r} does not answer to {request.method}.", f"It answers to {allowed}."
+            )
+            named.headers["Allow"] = allowed
         case 413:
             named = TooLarge(str(error.detail), TOO_LARGE_HINT)
         case 400:
             named = MalformedBody(
-                f"The body cannot be read: {error.detail}.", "/docs shows what is expected."
+                f"The body cannot be read: {error.detail.rstrip('.')}.",
+                "/docs shows what is expected.",
             )
         case _:
             named = ServiceError(str(error.detail))

@@ -102,6 +102,11 @@ class Settings(BaseSettings):
         return self.data_dir / "api_key"
 
     @property
+    def url_file(self) -> Path:
+        """Where the service that runs on this folder can be reached."""
+        return self.data_dir / "url"
+
+    @property
     def max_upload_bytes(self) -> int:
         """A dataset and what a form puts around it."""
         return self.max_dataset_bytes + (1 << 16)

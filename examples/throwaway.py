@@ -23,6 +23,8 @@ from app.settings import Settings
 
 Json = dict[str, Any]
 
+STOP_SECONDS = 150  # a running job may take two minutes for its last checkpoint
+
 
 @contextmanager
 def throwaway_service(folder: Path, roots: Sequence[Path]) -> Iterator[Client]:
@@ -54,7 +56,10 @@ def throwaway_service(folder: Path, roots: Sequence[Path]) -> Iterator[Client]:
         sys.exit(INTERRUPTED)
     finally:
         up.send_signal(signal.SIGTERM)
-        up.wait(60)
+        try:
+            up.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            up.kill()
 
 
 def run_job(client: Client, job: Json, adapter: Path) -> Json:

@@ -78,7 +78,7 @@ class Claims:
                 return None
             lease = Lease(*row)
             session.execute(
-                event(lease.job_id, "job.running", f"Attempt {lease.attempt} has begun.")
+                event(lease.job_id, "job.running", f"Attempt {lease.attempt} is running.")
             )
             return lease
 

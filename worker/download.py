@@ -3,16 +3,18 @@
 import logging
 from pathlib import Path
 
+import httpx2
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from worker.training.errors import BaseModelUnavailable
+from worker.training.errors import BaseModelUnavailable, DiskFull, is_disk_full
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +44,16 @@ def download_model(name: str, revision: str | None, *, with_weights: bool) -> Pa
         raise BaseModelUnavailable(
             f"The model {name} has no revision {revision}.", "Name a commit, a tag or a branch."
         ) from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except HFValidationError as error:
+        raise BaseModelUnavailable(
+            f"{name} is no name of a model: {error}", "Write org/name as the hub does."
+        ) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+        if is_disk_full(error):
+            raise DiskFull from error
         log.exception("model download failed")
         raise BaseModelUnavailable(
-            f"The worker cannot reach the hub to get {name}.",
-            "Check the worker's network, or put the model in a folder and name it as file:.",
+            f"The worker cannot get {name} from the hub ({type(error).__name__}).",
+            "Check the worker's network and its cache folder, or put the model in a folder and "
+            "name it as file:.",
         ) from error

@@ -7,6 +7,7 @@ Ends with 0 if the rows can be used, 1 if not. With ``"json": true`` it prints t
 """
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,14 @@ from app.jobs.schemas import JobCreate
 from app.storage import sha256_of
 from app.uris import file_uri
 from worker.training.config import BaseModel, DataFile, TrainingJob
-from worker.training.errors import DatasetUnavailable, JobError
+from worker.training.errors import BaseModelUnavailable, DatasetUnavailable, JobError
 
 out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True)
 
 
 def describe(options: dict[str, Any]) -> TrainingJob:
     """The job that would be submitted for this file, with the defaults of the HTTP contract."""
-    dataset, model = Path(options["dataset"]), Path(options["base_model"] or "")
+    dataset, model = Path(options["dataset"]), model_folder(options)
     spec = JobCreate.model_validate(
         {
             "base_model": str(model),
@@ -42,6 +43,11 @@ def describe(options: dict[str, Any]) -> TrainingJob:
         dataset=DataFile(spec.dataset_uri, dataset, dataset.name, sha256_of(dataset)),
         validation=None,
     )
+
+
+def model_folder(options: dict[str, Any]) -> Path:
+    """A folder, also where it is named as jobs name it."""
+    return Path(str(options["base_model"] or "").removeprefix("file:"))
 
 
 def check(job: TrainingJob, *, has_model: bool) -> dict[str, Any]:
@@ -103,6 +109,11 @@ def main() -> int:
         missing = f"There is no file {options['dataset']}."
         explain(DatasetUnavailable(missing, "Check the path."), as_json=as_json)
         return USAGE
+    if options["base_model"] is not None and not model_folder(options).is_dir():
+        missing = f"There is no folder {model_folder(options)}."
+        explain(BaseModelUnavailable(missing, "Name a folder of this machine."), as_json=as_json)
+        return USAGE
+    logging.disable()  # what goes wrong is told below, not by a traceback
     try:
         report = check(describe(options), has_model=options["base_model"] is not None)
     except JobError as error:

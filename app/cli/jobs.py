@@ -97,17 +97,22 @@ def submit(
 @jobs.command("list")
 def list_jobs(
     status: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE; may be repeated.")] = None,
+    model: Annotated[str | None, typer.Option("--base-model", "-m", help="As submitted.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
     after: Annotated[str | None, typer.Option(help="Cursor of the next page.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """List jobs, newest first."""
-    page = connect(as_json=as_json).get("/jobs", status=status, limit=limit, after=after)
+    labels = {f"label.{name}": value for name, value in parse_labels(label or []).items()}
+    page = connect(as_json=as_json).get(
+        "/jobs", status=status, base_model=model, limit=limit, after=after, **labels
+    )
     if as_json:
         print_json(page)
         return
     if not page["items"]:
-        out.print("no more jobs" if after else "no such jobs" if status else "no jobs yet")
+        out.print("no jobs here" if after or status or label or model else "no jobs yet")
         return
     table = Table(box=None)
     for title in ("job", "name", "base model", "σ", "rank", "status", "step", "progress"):
@@ -159,11 +164,11 @@ def download(
             "Name another with --to.",
             code=USAGE,
         )
+    folder.mkdir(parents=True, exist_ok=True)  # before, not after, what may be a long download
     client = connect(as_json=as_json)
     with tempfile.TemporaryDirectory() as temporary:
         archive = Path(temporary) / "adapter.tar"
         client.download(f"/jobs/{job_id}/adapter", archive)
-        folder.mkdir(parents=True, exist_ok=True)
         unpack(archive, folder)
     if as_json:
         print_json({"job_id": job_id, "folder": str(folder.resolve())})
@@ -208,7 +213,7 @@ def show_job(job: Json, *, as_json: bool) -> None:
         ("dataset", spec["dataset_uri"]),
         ("rank · σ", f"{spec['rank']} · {spec['sigma']}"),
         ("step", f"{job['step']}/{job['total_steps']}" if job["total_steps"] else None),
-        ("progress", describe_progress(job["progress"])),
+        ("progress", describe_progress(job["progress"]) if job["status"] == "running" else None),
         ("created", job["created_at"]),
         ("finished", job["finished_at"]),
     ]

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from app import __version__
 from app.cli.jobs import jobs
-from app.cli.output import FAILED, USAGE, fail, print_json
+from app.cli.output import USAGE, fail, print_json
 from app.cli.up import run_api, run_up
 from app.jobs.schemas import RowFormat
 from app.settings import get_settings
@@ -89,10 +89,14 @@ def main() -> None:
         cli()
     except ValidationError as error:
         faults = "; ".join(
-            f"FLATLORA_{str(fault['loc'][0]).upper()}: {fault['msg']}" for fault in error.errors()
+            f"FLATLORA_{str(fault['loc'][0]).upper()}: {fault['msg']}; found {fault['input']!r}"
+            for fault in error.errors()
         )
         sys.stderr.write(f"error: the settings are wrong: {faults}\n")
-        sys.exit(FAILED)
+        sys.exit(USAGE)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:  # odd names, odd numbers
+        sys.stderr.write(f"error: {type(error).__name__}: {str(error)!a}\n")
+        sys.exit(USAGE)
 
 
 if __name__ == "__main__":

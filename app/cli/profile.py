@@ -16,22 +16,23 @@ class Profile:
     @classmethod
     def load(cls, settings: Settings) -> "Profile":
         """``FLATLORA_URL`` and ``FLATLORA_API_KEY``, else the service of this data folder."""
-        url = (os.environ.get("FLATLORA_URL") or settings.base_url).rstrip("/")
+        own = _read(settings.url_file)
+        url = (os.environ.get("FLATLORA_URL") or own or settings.base_url).rstrip("/")
         key = os.environ.get("FLATLORA_API_KEY")
         # The key of this folder's service is nobody else's business.
-        if key is None and url == settings.base_url:
-            key = _read_key(settings.key_file)
+        if key is None and url == own:
+            key = _read(settings.key_file)
         return cls(url, key)
 
 
-def _read_key(path: Path) -> str | None:
+def _read(path: Path) -> str | None:
     try:
         return path.read_text().strip()
     except FileNotFoundError:
         return None
     except PermissionError:
         fail(
-            f"the key in {path} is another user's",
+            f"{path} is another user's",
             "Ask them for it and set FLATLORA_API_KEY, or set FLATLORA_URL and FLATLORA_DATA_DIR.",
             code=USAGE,
         )

@@ -1,15 +1,20 @@
 """``flatlora up``: a small parent that starts the API and the dispatcher, and stops both."""
 
+import fcntl
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import FrameType
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from app.auth import ensure_key
 from app.cli.output import FAILED, OK, err, fail
@@ -79,18 +84,55 @@ class Child:
 
 
 def run_up(settings: Settings) -> int:
-    return _run(settings, [Child(*API), Child(*DISPATCHER)])
+    with alone(settings.data_dir):
+        return _run(settings, [Child(*API), Child(*DISPATCHER)])
 
 
 def run_api(settings: Settings) -> int:
     return _run(settings, [Child(*API)])
 
 
+@contextmanager
+def alone(data_dir: Path) -> Iterator[None]:
+    """Be the only ``up`` of a data folder, before anything is started in it."""
+    with explained("FLATLORA_DATA_DIR"):
+        make_private(data_dir)
+        file = (data_dir / "service.lock").open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(
+                f"another flatlora service works in {data_dir}",
+                "Stop it, or choose another folder with FLATLORA_DATA_DIR.",
+            )
+        yield
+
+
+@contextmanager
+def explained(setting: str) -> Iterator[None]:
+    """What goes wrong before the service stands is mostly a setting."""
+    try:
+        yield
+    except (OSError, SQLAlchemyError, ValueError) as error:
+        fail(str(error).splitlines()[0], f"Check {setting}.")
+
+
 def _run(settings: Settings, children: list[Child]) -> int:
     check_port(settings)
-    make_private(settings.data_dir)
-    upgrade(settings.database)
-    announce(settings)
+    with explained("FLATLORA_DATA_DIR"):
+        make_private(settings.data_dir)
+        announce(settings)
+    with explained("FLATLORA_DATABASE_URL"):
+        upgrade(settings.database)
+    settings.url_file.write_text(settings.base_url)
+    try:
+        return _serve(settings, children)
+    finally:
+        settings.url_file.unlink(missing_ok=True)
+
+
+def _serve(settings: Settings, children: list[Child]) -> int:
     stopping = threading.Event()
 
     def stop(_number: int, _frame: FrameType | None) -> None:

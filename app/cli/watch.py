@@ -61,7 +61,7 @@ def _draw(client: Client, job: Json) -> Json:
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description:<10}"),
-        BarColumn(),
+        BarColumn(bar_width=BAR_WIDTH),
         MofNCompleteColumn(),
         MetricsColumn(),
     )

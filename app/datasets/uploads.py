@@ -90,8 +90,8 @@ def media_type(content_type: str) -> str:
     if found not in SUFFIXES:
         raise UnsupportedMediaType(
             f"An upload of {content_type or 'no type'!r} is not understood.",
-            f"Send one of {', '.join(SUFFIXES)} or multipart/form-data. With curl: -T rows.jsonl, "
-            "or -F file=@rows.jsonl.",
+            f"Send one of {', '.join(SUFFIXES)} or multipart/form-data. With curl: "
+            "-F file=@rows.jsonl.",
         )
     return found
 

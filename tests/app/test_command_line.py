@@ -93,7 +93,7 @@ class TestText:
 
     def test_an_empty_list_says_so(self, flatlora: CommandLine) -> None:
         assert flatlora("jobs", "list").stdout == "no jobs yet\n"
-        assert flatlora("jobs", "list", "--status", "failed").stdout == "no such jobs\n"
+        assert flatlora("jobs", "list", "--status", "failed").stdout == "no jobs here\n"
 
     def test_a_folder_with_an_odd_name_is_a_base_model(self, flatlora: CommandLine) -> None:
         folder = make_model(flatlora.service.models / "odd 100%x#")
@@ -234,6 +234,7 @@ class TestProfile:
     def settings(self, tmp_path: Path) -> Settings:
         settings = Settings(data_dir=tmp_path)
         settings.key_file.write_text("flk_local\n")
+        settings.url_file.write_text("http://127.0.0.1:8456")
         return settings
 
     @pytest.mark.parametrize(
@@ -241,8 +242,8 @@ class TestProfile:
         [
             ({}, "flk_local"),
             ({"FLATLORA_URL": ""}, "flk_local"),
-            ({"FLATLORA_URL": "http://127.0.0.1:8321/"}, "flk_local"),
-            ({"FLATLORA_URL": "http://127.0.0.1:8322"}, None),
+            ({"FLATLORA_URL": "http://127.0.0.1:8456/"}, "flk_local"),
+            ({"FLATLORA_URL": "http://127.0.0.1:8321"}, None),
             ({"FLATLORA_URL": "https://flatlora.example"}, None),
             ({"FLATLORA_URL": "https://a.example", "FLATLORA_API_KEY": "flk_a"}, "flk_a"),
         ],
@@ -257,6 +258,16 @@ class TestProfile:
         for name, value in values.items():
             monkeypatch.setenv(name, value)
         assert Profile.load(settings).key == key
+
+    def test_without_a_service_on_this_folder_no_key_is_sent(self, settings: Settings) -> None:
+        """Whoever listens on the default port need not be ours."""
+        settings.url_file.unlink()
+        assert Profile.load(settings) == Profile(settings.base_url, None)
+
+    def test_it_finds_the_service_of_this_folder_whatever_its_port(
+        self, settings: Settings
+    ) -> None:
+        assert Profile.load(settings).url == "http://127.0.0.1:8456"
 
 
 class TestProxy:

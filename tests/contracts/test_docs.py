@@ -45,7 +45,13 @@ def test_the_guide_names_every_setting(setting: str) -> None:
     assert f"`FLATLORA_{setting.upper()}`" in GUIDE
 
 
-@pytest.mark.parametrize("word", [*Reason, *codes()])
+FAULT = re.compile(r'code="([a-z_]+)"')
+FAULTS = sorted(
+    {code for page in (ROOT / "app").rglob("*.py") for code in FAULT.findall(page.read_text())}
+)
+
+
+@pytest.mark.parametrize("word", [*Reason, *codes(), *FAULTS])
 def test_the_guide_names_every_reason_and_every_error(word: str) -> None:
     assert f"`{word}`" in GUIDE
 

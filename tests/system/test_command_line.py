@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.system.service import EXAMPLES, Json, Service
 
 QUICK = ["--set", "training.max_steps=3", "--set", "evaluation.max_rows=4", "--max-length", "192"]
@@ -91,3 +93,35 @@ class TestValidate:
         done = shared_service.flatlora("validate", str(broken_rows), *MODEL)
         assert done.returncode == 1
         assert "line 37" in done.stdout + done.stderr
+
+
+class TestUp:
+    def test_it_tells_where_it_is_and_forgets_that_when_it_stops(self, service: Service) -> None:
+        url = service.data_dir / "url"
+        assert url.read_text() == f"http://127.0.0.1:{service.port}"
+        service.stop()
+        assert not url.exists()
+
+    @pytest.mark.parametrize(
+        ("setting", "value", "words"),
+        [
+            ("FLATLORA_DATA_DIR", "/dev/null/folder", "FLATLORA_DATA_DIR"),
+            ("FLATLORA_DATABASE_URL", "no-url", "FLATLORA_DATABASE_URL"),
+            (
+                "FLATLORA_DATABASE_URL",
+                "postgresql://nobody:hidden@127.0.0.1:9/none",
+                "FLATLORA_DATABASE_URL",
+            ),
+            ("FLATLORA_PORT", "abc", "found 'abc'"),
+        ],
+    )
+    def test_a_setting_that_is_wrong_is_named_without_a_traceback(
+        self, tmp_path: Path, setting: str, value: str, words: str
+    ) -> None:
+        service = Service(tmp_path)
+        service.environment[setting] = value
+        done = service.flatlora("up")
+        assert done.returncode in {1, 2}
+        assert words in done.stderr
+        assert "Traceback" not in done.stderr
+        assert "hidden" not in done.stderr

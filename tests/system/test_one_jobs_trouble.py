@@ -95,7 +95,7 @@ class TestHub:
         job_id = hub_service.submit({**body, "base_model": "org/model"})
         job = hub_service.wait_for(job_id, lambda job: job["status"] == "failed")
         assert job["failure"]["reason"] == "base_model_unavailable"
-        assert "cannot reach the hub to get org/model" in job["failure"]["message"]
+        assert "cannot get org/model from the hub" in job["failure"]["message"]
 
     def test_a_download_that_stalls_can_be_cancelled(
         self, hub_service: Service, body: Json, silent_hub: str

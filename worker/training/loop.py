@@ -41,7 +41,7 @@ def train(
     checkpoint_every = settings.checkpoint_steps or max(10, math.ceil(run.total_steps / 10))
     if not state.held_out:
         _evaluate(run, state, reporter)
-    pace = Pace(state.step)
+    pace = Pace()
     run.model.train()
     while state.step < run.total_steps:
         if wish := control.wish():
@@ -49,6 +49,7 @@ def train(
                 checkpoints.save(run, state)
             raise Stopped(wish)
 
+        started = time.monotonic()
         rows = [run.train[row] for row in order.rows_of(state.step)]
         learning_rate = learning_rate_at(state.step, run.total_steps, settings)
         loss, tokens = _forward_backward(run, state.step, rows)
@@ -75,7 +76,7 @@ def train(
                 "learning_rate": learning_rate,
                 "sigma": sigma,
                 "grad_norm": _finite(grad_norm),
-                **pace.after(state.step, run.total_steps, tokens),
+                **pace.after(time.monotonic() - started, run.total_steps - state.step, tokens),
                 **_memory(run.device),
             },
         )
@@ -146,21 +147,17 @@ def learning_rate_at(step: int, total: int, settings: Training) -> float:
 
 
 class Pace:
-    """Tokens per second and the time that is left, from this process's own steps."""
+    """Tokens per second and the time that is left, from this process's own steps alone."""
 
-    def __init__(self, step: int) -> None:
-        self._first_step = step
-        self._started = self._last = time.monotonic()
+    def __init__(self) -> None:
+        self._seconds, self._steps = 0.0, 0
 
-    def after(self, step: int, total: int, tokens: int) -> dict[str, Any]:
-        """The two numbers, now that ``step`` of ``total`` steps are done."""
-        now = time.monotonic()
-        per_step = (now - self._started) / (step - self._first_step)
-        tokens_per_second = tokens / max(now - self._last, 1e-9)
-        self._last = now
+    def after(self, seconds: float, steps_left: int, tokens: int) -> dict[str, Any]:
+        """The two numbers, now that a step of ``tokens`` has taken ``seconds``."""
+        self._seconds, self._steps = self._seconds + seconds, self._steps + 1
         return {
-            "tokens_per_second": round(tokens_per_second, 1),
-            "eta_seconds": round(per_step * (total - step), 1),
+            "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+            "eta_seconds": round(self._seconds / self._steps * steps_left, 1),
         }
 
 

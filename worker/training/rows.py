@@ -254,31 +254,30 @@ def _read_json_array(stream: IO[bytes], file: DataFile) -> Iterator[Row | BadRow
 
 
 def _read_table(stream: IO[bytes], file: DataFile, delimiter: str) -> Iterator[Row | BadRow]:
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="strict", newline="")
-    try:
-        yield from _read_records(csv.DictReader(text, strict=True, delimiter=delimiter), file)
-    finally:
-        text.detach()  # whoever has opened the stream closes it
-
-
-def _read_records(reader: "csv.DictReader[str]", file: DataFile) -> Iterator[Row | BadRow]:
-    end = 1
+    csv.field_size_limit(MAX_LINE_BYTES)
+    # Line by line, not by a decoder that reads ahead: an error is then on the line that is told.
+    lines = (line.decode() for line in stream)
+    records = csv.reader(lines, strict=True, delimiter=delimiter)
+    header: list[str] | None = None
     while True:
+        begins = records.line_num + 1
         try:
-            values = next(reader)
+            fields = next(records)
         except StopIteration:
             return
         except (csv.Error, UnicodeDecodeError) as error:
+            line = records.line_num + 1 if isinstance(error, UnicodeDecodeError) else begins
             raise DatasetInvalid(
-                f"{file.uri} cannot be read after line {end}: {error}.",
-                "Expected UTF-8 with a header line, quotes doubled inside quotes.",
+                f"{file.uri} cannot be read at line {line}: {error}.",
+                "Expected UTF-8 with a header line, quotes doubled inside quotes, and fields of at "
+                f"most {MAX_LINE_BYTES:,} bytes.",
             ) from error
-        place, end = f"line {end + 1}", reader.line_num
-        if None in values or None in values.values():
-            count = len(reader.fieldnames or ())
-            yield BadRow(place, f"expected {count} fields, as the header has")
-        else:
-            yield Row(place, dict(values))
+        if header is None:
+            header = [fields[0].removeprefix("\ufeff"), *fields[1:]] if fields else []
+        elif fields and len(fields) != len(header):
+            yield BadRow(f"line {begins}", f"expected {len(header)} fields, found {len(fields)}")
+        elif fields:
+            yield Row(f"line {begins}", dict(zip(header, fields, strict=True)))
 
 
 def _read_parquet(stream: IO[bytes], file: DataFile) -> Iterator[Row | BadRow]:

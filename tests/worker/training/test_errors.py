@@ -5,16 +5,25 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import obstore
 import pytest
 import torch
+from huggingface_hub.errors import HFValidationError
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from worker import download
 from worker.trainer import explain
-from worker.training.errors import DiskFull, JobError, LossDiverged, is_disk_full
+from worker.training.errors import (
+    BaseModelUnavailable,
+    DiskFull,
+    JobError,
+    LossDiverged,
+    is_disk_full,
+)
 
 
 @pytest.fixture
@@ -67,3 +76,24 @@ def test_other_errors_are_told_by_their_kind_and_never_by_their_text() -> None:
 def test_a_failure_that_is_explained_stays_as_it_is() -> None:
     failure: JobError = LossDiverged("NaN", "Lower the rate.")
     assert explain(failure) is failure
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), DiskFull),
+        (httpx2.ReadTimeout("slow"), BaseModelUnavailable),
+        (httpx2.ProxyError("no"), BaseModelUnavailable),
+        (HFValidationError("bad name"), BaseModelUnavailable),
+    ],
+    ids=lambda value: getattr(value, "__name__", type(value).__name__),
+)
+def test_a_download_that_fails_says_why(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[JobError]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(download, "snapshot_download", fail)
+    with pytest.raises(kind):
+        download.download_model("org/model", None, with_weights=True)

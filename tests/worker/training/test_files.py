@@ -65,7 +65,7 @@ UNREADABLE: dict[str, tuple[bytes, str, str]] = {
     "half an array": (b"[1,", "rows.json", "not a JSON array"),
     "an empty array": (b"[]", "rows.json", "file:rows.json has no rows"),
     "another type": (b"PAR1", "rows.jsonl", "named as jsonl and begins like parquet"),
-    "an open quote": (b'prompt,completion\n"open', "rows.csv", "cannot be read after line 1"),
+    "an open quote": (b'prompt,completion\n"open', "rows.csv", "cannot be read at line 2"),
     "no Parquet": (b"PAR1 and no more", "rows.parquet", "cannot be read as Parquet after row 0"),
     "damaged Parquet": (damaged_parquet(), "rows.parquet", "cannot be read as Parquet after row 0"),
     "no gzip": (b"no gzip", "rows.jsonl.gz", "is not gzip"),

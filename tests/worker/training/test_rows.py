@@ -181,6 +181,18 @@ class TestBadRows:
         message = problem(data_file, [row])
         assert "completion: expected an assistant turn to learn from, found user" in message
 
+    def test_a_csv_row_is_named_by_the_line_on_which_it_begins(self, data_file: Write) -> None:
+        content = b'instruction,output\na,b\n\n\n"two\nlines",x\nc,\n'
+        assert "line 7: output" in problem(data_file, content, "rows.csv")
+
+    def test_a_csv_line_that_is_not_utf_8_is_named(self, data_file: Write) -> None:
+        content = b"instruction,output\na,b\nc,\xe9\n"
+        assert "at line 3" in problem(data_file, content, "rows.csv")
+
+    def test_a_csv_field_may_be_as_long_as_a_line_of_jsonl(self, data_file: Write) -> None:
+        content = b"instruction,output\n" + b"a" * 500_000 + b",b\n"
+        assert read(data_file(content, "rows.csv"), Data()).rows == 1
+
     def test_a_csv_line_of_the_wrong_width_is_named(self, data_file: Write) -> None:
         content = b'prompt,completion\n"a\nb",c\nd\n'
         assert "line 4: expected 2 fields" in problem(data_file, content, "rows.csv")
