@@ -11,7 +11,6 @@ from urllib.parse import quote, unquote
 
 DATASET_SCHEMES = ("file:", "dataset:")
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(?<![.-])")
-UPLOAD_ID = re.compile(r"dataset:ds_[0-9a-f]{32}")
 FILE_URI = re.compile(
     r"""file:
     (?://(?:localhost)?(?=/))?                        # no host, or this one

@@ -43,7 +43,8 @@ class Claims:
     def __init__(
         self, engine: Engine, worker: str, *, lease_seconds: float, max_attempts: int
     ) -> None:
-        self._engine = engine.execution_options(writes=True)
+        self._reading = engine
+        self._writing = engine.execution_options(writes=True)
         self._worker = worker
         self._lease_seconds = lease_seconds
         self._max_attempts = max_attempts
@@ -72,7 +73,7 @@ class Claims:
             )
             .returning(*LEASE)
         )
-        with Session(self._engine) as session, session.begin():
+        with Session(self._writing) as session, session.begin():
             row = session.execute(take).one_or_none()
             if row is None:
                 return None
@@ -84,7 +85,7 @@ class Claims:
 
     def wish(self, lease: Lease) -> Status:
         """What the row says now: ``running``, or a wish to cancel or pause."""
-        with Session(self._engine.execution_options(writes=False)) as session:
+        with Session(self._reading) as session:
             status = session.scalar(select(JobRow.status).where(*self._held(lease)))
         if status is None:
             raise LeaseLost(lease.job_id)
@@ -104,7 +105,7 @@ class Claims:
         return Status(status)
 
     def transaction(self) -> Session:
-        return Session(self._engine)
+        return Session(self._writing)
 
     def succeed(
         self, lease: Lease, *, result: Mapping[str, Any], adapter: Mapping[str, Any] | None
@@ -180,7 +181,7 @@ class Claims:
     def over(self, job_ids: Collection[str]) -> dict[str, str | None]:
         """Of these jobs, those that exist and are over, each with its reason."""
         terminal = [status for status in Status if status.is_terminal]
-        with Session(self._engine.execution_options(writes=False)) as session:
+        with Session(self._reading) as session:
             rows = session.execute(
                 select(JobRow.id, JobRow.reason).where(
                     JobRow.id.in_(job_ids), JobRow.status.in_(terminal)

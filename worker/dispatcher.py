@@ -84,6 +84,7 @@ class Dispatcher:
 
     def run(self) -> None:
         recovered = self._claims.recover()
+        self._supervisor.sweep()
         log.info("dispatcher ready", recovered=recovered)
         while not self._draining.is_set():
             try:
@@ -99,7 +100,6 @@ class Dispatcher:
         if time.monotonic() > self._reap_at:
             self._reap_at = time.monotonic() + REAP_SECONDS
             self._claims.reap()
-            self._supervisor.sweep()
         lease = self._claims.claim_next()
         if lease is None:
             return False

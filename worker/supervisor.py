@@ -20,10 +20,12 @@ from worker.pipe import Message
 from worker.process import Task, TrainerProcess, out_of_memory_kills
 from worker.progress import Progress
 from worker.publish import publish
-from worker.training.errors import DiskFull, JobError, is_disk_full
+from worker.training.errors import JobError, as_told
 from worker.watch import Stop, Watch
 
 log = structlog.get_logger()
+
+UNFORESEEN = JobError("The worker met an error of its own.", "See the worker's log.")
 
 
 class Interrupted(Exception):
@@ -44,7 +46,7 @@ class ReportedFailure(JobError):
 
     def __init__(self, message: Message) -> None:
         super().__init__(message["message"], message["hint"])
-        self.failed_for = Reason(message["reason"])
+        self.reason = Reason(message["reason"])
 
 
 class Supervisor:
@@ -90,7 +92,10 @@ class Supervisor:
                 raise  # nothing can be written now; the lease will run out
             except Exception as error:
                 progress.flush()
-                self._claims.fail(lease, *explain(error, lease))
+                failure = as_told(error, unforeseen=UNFORESEEN)
+                if failure is UNFORESEEN:
+                    log.error("attempt failed", job_id=lease.job_id, exc_info=error)
+                self._claims.fail(lease, Reason(failure.reason), failure.message, failure.hint)
             else:
                 progress.flush()
                 self._claims.succeed(lease, result=result, adapter=adapter)
@@ -185,16 +190,3 @@ def clear(folder: Path, reason: str | None) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink()
-
-
-def explain(error: Exception, lease: Lease) -> tuple[Reason, str, str | None]:
-    """What the job's author is told: never the text of an error that we do not know."""
-    match error:
-        case ReportedFailure():
-            return error.failed_for, error.message, error.hint
-        case JobError():
-            return Reason(error.reason), error.message, error.hint
-    if is_disk_full(error):
-        return explain(DiskFull(), lease)
-    log.error("attempt failed", job_id=lease.job_id, exc_info=error)
-    return Reason.INTERNAL, "The worker met an error of its own.", "See the worker's log."

@@ -21,7 +21,7 @@ from types import FrameType
 from app.parent import die_with_parent
 from worker.inputs import read_job
 from worker.pipe import PipeReporter
-from worker.training.errors import DiskFull, JobError, Stopped, is_disk_full
+from worker.training.errors import JobError, Stopped, as_told
 from worker.training.reporter import Wish
 
 DRAINED = 75  # EX_TEMPFAIL: try again later
@@ -67,19 +67,16 @@ def main() -> int:
 
 
 def explain(error: Exception) -> JobError:
-    """What the job's author is told: never the text of an error that we do not know.
+    """What the job's author is told.
 
     An exception would come again if the job were run again, so it ends the job; a trainer that
     the system kills says nothing, and its job is tried again.
     """
-    if isinstance(error, JobError):
-        return error
-    if is_disk_full(error):
-        return DiskFull()
-    return JobError(
+    unforeseen = JobError(
         f"The trainer met an error of its own ({type(error).__name__}).",
         "The trainer's log on the worker has the details. Please report it.",
     )
+    return as_told(error, unforeseen=unforeseen)
 
 
 def _download(

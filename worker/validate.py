@@ -16,14 +16,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from app.cli.output import FAILED, OK, USAGE, print_json
+from app.cli.output import FAILED, OK, USAGE, err, print_error, print_json
 from app.jobs.schemas import JobCreate
 from app.storage import sha256_of
 from app.uris import file_uri
 from worker.training.config import BaseModel, DataFile, TrainingJob
 from worker.training.errors import BaseModelUnavailable, DatasetUnavailable, JobError
 
-out, err = Console(soft_wrap=True, highlight=False), Console(stderr=True, soft_wrap=True)
+out = Console(soft_wrap=True, highlight=False)
 
 
 def describe(options: dict[str, Any]) -> TrainingJob:
@@ -97,9 +97,7 @@ def explain(error: JobError, *, as_json: bool) -> None:
     if as_json:
         told = {"reason": error.reason, "message": error.message, "hint": error.hint}
         print_json({"error": told})
-    err.print(f"[bold red]error[/]: {escape(error.message)}")
-    if error.hint:
-        err.print(f"[dim]hint[/]: {escape(error.hint)}")
+    print_error(error.message, error.hint)
 
 
 def main() -> int:

@@ -27,11 +27,15 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def fail(message: str, hint: str | None = None, *, code: int = FAILED) -> NoReturn:
+def print_error(message: str, hint: str | None = None) -> None:
     """A name of the user's is data: brackets in it are not markup."""
     err.print(f"[bold red]error[/]: {escape(message)}", highlight=False)
     if hint:
         err.print(f"[dim]hint[/]: {escape(hint)}", highlight=False)
+
+
+def fail(message: str, hint: str | None = None, *, code: int = FAILED) -> NoReturn:
+    print_error(message, hint)
     raise typer.Exit(code)
 
 

@@ -14,7 +14,7 @@ Stopped                     not a failure: cancelled, or drained to a checkpoint
 
 import errno
 import re
-from typing import ClassVar, Literal
+from typing import Literal
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -27,7 +27,7 @@ class JobError(Exception):
         hint: What to change.
     """
 
-    reason: ClassVar[str] = "internal"
+    reason: str = "internal"
 
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
@@ -115,3 +115,15 @@ def is_disk_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def as_told(error: Exception, *, unforeseen: JobError) -> JobError:
+    """What the job's author is told of an error: never the text of one that we do not know.
+
+    Args:
+        error: What went wrong.
+        unforeseen: What is told where nobody foresaw it.
+    """
+    if isinstance(error, JobError):
+        return error
+    return DiskFull() if is_disk_full(error) else unforeseen
