@@ -5,7 +5,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, ValidationInfo, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app.uris import Roots
@@ -29,9 +37,21 @@ class Settings(BaseSettings):
     """Database, artifacts, work folders of running jobs and the API key."""
     database_url: str = ""
     """Empty: SQLite in the data folder. ``postgresql+psycopg://…`` also works."""
+    broker_url: str = ""
+    """Empty: embedded, one machine. ``redis://…``: jobs wait for the workers of a cluster."""
+    store_url: str = ""
+    """Empty: the folder ``artifacts`` of the data folder. ``s3://bucket/prefix``, ``gs://…``,
+    ``az://…`` or ``file:///folder`` otherwise."""
+    store_public_endpoint: str = ""
+    """Where clients reach the store, if not where the service does: goes into presigned URLs."""
+    downloads: Literal["stream", "redirect"] = "stream"
+    """Adapters' files come through the API, or by a redirect to a presigned URL of the store."""
+    presign_seconds: Annotated[int, Field(ge=1, le=7 * 24 * 3600)] = 900
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8321
     auth: Literal["key", "none"] = "key"
+    api_key: SecretStr | None = None
+    """The key that clients send. Empty: one is made and kept in the data folder."""
     allowed_hosts: Annotated[list[str], NoDecode] = Field(default_factory=list)
     """Names that a request's ``Host`` may have. Empty: those of the loopback where the service
     listens there, any name elsewhere."""
@@ -55,9 +75,33 @@ class Settings(BaseSettings):
     drain_grace_seconds: PositiveFloat = 120
     """How long a trainer may take to write its last checkpoint when the service stops."""
     max_attempts: PositiveInt = 3
+    retry_seconds: NonNegativeFloat = 10
+    """How long a job waits after its trainer has died; doubled after each further death."""
+    stall_seconds: PositiveFloat = 1800
+    """A trainer that has said nothing for so long is killed, and its job is tried again."""
+    relay_seconds: PositiveFloat = 2
+    """How often wake-ups are looked for that could not be sent at once."""
+    sweep_seconds: PositiveFloat = 30
+    """How often a worker with an idle slot looks for queued jobs whose wake-up was lost."""
+
+    devices: Annotated[list[str], NoDecode] = Field(default_factory=list)
+    """What the slots of a worker train on, one each: ``0,1`` are GPUs, ``cpu`` may be repeated.
+    Empty: each GPU of the machine, or one ``cpu``."""
+    metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
+    """Where a worker serves its Prometheus metrics; 0: nowhere."""
+    trainer_module: str = "worker.trainer"
+    """The module that is run as the trainer process, for trainers of your own."""
+
+    keep_jobs_days: PositiveFloat | None = None
+    """Finished jobs older than this are removed with their adapters. Empty: they are kept."""
+    keep_idempotency_days: PositiveFloat = 7
+    keep_unreferenced_hours: Annotated[float, Field(ge=1)] = 24
+    """How long a stored file that no job and no dataset names is left alone."""
+    cleaning_seconds: PositiveFloat = 3600
+    """How often a worker removes what the settings above no longer keep."""
 
     split_lists = field_validator(
-        "dataset_roots", "model_roots", "hub_models", "allowed_hosts", mode="before"
+        "dataset_roots", "model_roots", "hub_models", "allowed_hosts", "devices", mode="before"
     )(split_list)
 
     @field_validator("data_dir", mode="after")
@@ -90,6 +134,11 @@ class Settings(BaseSettings):
         return POSTGRES.sub("postgresql+psycopg://", url)
 
     @property
+    def is_cluster(self) -> bool:
+        """Several machines may work on one database, and a broker wakes them."""
+        return bool(self.broker_url)
+
+    @property
     def artifacts_dir(self) -> Path:
         return self.data_dir / "artifacts"
 
@@ -110,6 +159,11 @@ class Settings(BaseSettings):
     def max_upload_bytes(self) -> int:
         """A dataset and what a form puts around it."""
         return self.max_dataset_bytes + (1 << 16)
+
+    @property
+    def slots_dir(self) -> Path:
+        """A lock for each slot of a worker, held by the process that works in it."""
+        return self.data_dir / "slots"
 
     @property
     def uploads_dir(self) -> Path:

@@ -61,6 +61,7 @@ class Table(DeclarativeBase):
     }
 
 
+DEFAULT_PROJECT = "default"
 STATUS_VALUES = ", ".join(f"'{status}'" for status in Status)
 
 
@@ -72,15 +73,25 @@ class JobRow(Table):
         CheckConstraint(f"status IN ({STATUS_VALUES})", name="status"),
         Index("ix_jobs_status_created_at_id", "status", "created_at", "id"),
         Index("ix_jobs_created_at_id", "created_at", "id"),
+        Index("ix_jobs_queue", "status", "project", "priority", "created_at", "id"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
+    project: Mapped[str] = mapped_column(server_default=DEFAULT_PROJECT)
+    """Whose job it is: projects take turns."""
     name: Mapped[str | None]
     labels: Mapped[dict[str, str]] = mapped_column(default=dict)
     base_model: Mapped[str]
     dataset_uri: Mapped[str]
     spec: Mapped[dict[str, Any]]
     """The job as it was asked for, with every default resolved."""
+
+    priority: Mapped[int] = mapped_column(server_default="5")
+    """0 to 9; within a project the lower start first."""
+    available_at: Mapped[datetime | None]
+    """Not to be claimed before; none: at once."""
+    queue_deadline: Mapped[datetime | None]
+    """Fails if it has not started by then."""
 
     status: Mapped[str]
     phase: Mapped[str | None]
@@ -98,6 +109,16 @@ class JobRow(Table):
     recoveries: Mapped[int] = mapped_column(default=0)
     """How often the service was killed while it held the job."""
 
+    inputs: Mapped[dict[str, Any] | None]
+    """What the first attempt has read, so that one on another machine reads the same: the commit
+    of the base model, hashes of the datasets, the clock that templates see."""
+    checkpoint: Mapped[dict[str, Any] | None]
+    """The newest checkpoint in the store, for a worker on another machine: fence, step, files."""
+    request_id: Mapped[str | None]
+    """Of the request that has submitted it."""
+    traceparent: Mapped[str | None]
+    """Its W3C trace context."""
+
     step: Mapped[int] = mapped_column(default=0)
     total_steps: Mapped[int | None]
     progress: Mapped[dict[str, Any] | None]
@@ -113,6 +134,34 @@ class JobRow(Table):
     updated_at: Mapped[datetime]
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+
+
+class OutboxRow(Table):
+    """A wake-up for the workers, written with the job's move into the queue and sent after it."""
+
+    __tablename__ = "outbox"
+
+    id: Mapped[int] = mapped_column(primary_key=True, autoincrement=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+    due_at: Mapped[datetime] = mapped_column(index=True)
+    created_at: Mapped[datetime]
+
+
+class WorkerRow(Table):
+    """A machine's worker, as it last spoke."""
+
+    __tablename__ = "workers"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    host: Mapped[str]
+    pid: Mapped[int]
+    version: Mapped[str]
+    slots: Mapped[list[dict[str, Any]]]
+    """``{name, device}`` of each; the name is what a job's row has as its worker."""
+    state: Mapped[str]
+    """``active`` or ``draining``; it removes its row when it stops."""
+    started_at: Mapped[datetime]
+    heartbeat_at: Mapped[datetime]
 
 
 class EventRow(Table):

@@ -1,0 +1,53 @@
+"""Celery as both sides see it: the API that wakes workers, and the workers.
+
+Redis carries hints, never jobs: a message says that there is something to do, and a worker that
+gets it asks the database what. One that is lost costs a delay, one that comes twice nothing.
+"""
+
+from celery import Celery
+from kombu import Queue
+
+WAKE = "flatlora.wake"
+QUEUE = "flatlora"
+
+
+def make_celery(broker_url: str) -> Celery:
+    app = Celery("flatlora", broker=broker_url, set_as_current=False)
+    app.conf.update(
+        # Acknowledged on delivery: with acks_late Redis hands a job of hours to a second worker
+        # when the visibility timeout ends, and keeps it from all until then if the first dies.
+        task_acks_late=False,
+        # Else a wake-up waits behind a running job while another slot is idle.
+        worker_prefetch_multiplier=1,
+        worker_disable_prefetch=True,
+        # Status and results are in the job's row.
+        task_ignore_result=True,
+        result_backend=None,
+        # A message that holds more than plain values is refused, not unpickled.
+        task_serializer="json",
+        accept_content=["json"],
+        task_queues=[Queue(QUEUE)],
+        task_default_queue=QUEUE,
+        broker_transport_options={
+            "visibility_timeout": 3600,
+            "socket_timeout": 10,
+            "socket_connect_timeout": 5,
+            "socket_keepalive": True,
+            "health_check_interval": 10,
+        },
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_pool_acquire_timeout=5,
+        task_publish_retry=False,  # what cannot be sent stays in the outbox
+        # Early acknowledgement: a lost connection takes nothing back.
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        # The supervisor sets the limits; Celery's act outside prefork not at all, else by SIGKILL.
+        task_time_limit=None,
+        worker_hijack_root_logger=False,
+        worker_redirect_stdouts=False,
+        worker_send_task_events=False,
+        # Supervisors import no torch, so a fork is safe, and cheap.
+        worker_pool="prefork",
+        worker_pool_start_method="fork",
+    )
+    return app
