@@ -17,6 +17,8 @@ bearer = HTTPBearer(auto_error=False, description="The key that `flatlora up` pr
 
 def ensure_key(settings: Settings) -> tuple[str, bool]:
     """The service's key, and whether it was made just now."""
+    if settings.api_key:
+        return settings.api_key.get_secret_value(), False
     path = settings.key_file
     make_private(path.parent)
     key = f"flk_{secrets.token_hex(24)}"

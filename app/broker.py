@@ -5,7 +5,6 @@ gets it asks the database what. One that is lost costs a delay, one that comes t
 """
 
 from celery import Celery
-from kombu import Queue
 
 WAKE = "flatlora.wake"
 QUEUE = "flatlora"
@@ -26,8 +25,7 @@ def make_celery(broker_url: str) -> Celery:
         # A message that holds more than plain values is refused, not unpickled.
         task_serializer="json",
         accept_content=["json"],
-        task_queues=[Queue(QUEUE)],
-        task_default_queue=QUEUE,
+        task_default_queue=QUEUE,  # the only one
         broker_transport_options={
             "visibility_timeout": 3600,
             "socket_timeout": 10,

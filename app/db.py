@@ -1,10 +1,15 @@
 """Engines and sessions. SQLite and Postgres are written by the same statements."""
 
+import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Annotated, Any
 
+import structlog
 from fastapi import Depends, Request
 from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
@@ -15,9 +20,31 @@ from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
 from sqlalchemy.sql.expression import ColumnElement
 
+from app.errors import DatabaseUnavailable
+from app.failpoints import Point, failpoint
 from app.tables import UtcDateTime
 
+log = structlog.get_logger()
+
 SQLITE_BUSY_SECONDS = 30
+REQUEST_SECONDS = (
+    30  # of one request's transaction: a stalled database holds no connection for ever
+)
+
+# A connection whose other end has gone says so within half a minute, also if it is only waiting.
+POSTGRES = {
+    "application_name": "flatlora",
+    "connect_timeout": 5,
+    "keepalives": 1,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 20_000,  # milliseconds
+}
+POOL: dict[str, Any] = {"pool_pre_ping": True, "pool_timeout": 5, "pool_size": 10}
+
+OUTAGES = (OperationalError, InterfaceError, PoolTimeout)
+"""What a database raises that may answer again later."""
 
 
 class now(ColumnElement[Any]):  # noqa: N801 - reads as the SQL function that it is
@@ -43,20 +70,20 @@ def _postgres_now(element: now, _compiler: SQLCompiler, **_: Any) -> str:
 
 def make_engine(url: str) -> Engine:
     """A blocking engine, for the worker and the command line."""
+    if make_url(url).get_backend_name() == "postgresql":
+        return create_engine(url, connect_args=POSTGRES, **POOL)
     engine = create_engine(url)
-    if engine.dialect.name == "sqlite":
-        _prepare_sqlite(engine)
+    _prepare_sqlite(engine)
     return engine
 
 
 def make_async_engine(url: str) -> AsyncEngine:
     """The API's engine for the same database."""
     parsed = make_url(url)
-    if parsed.get_backend_name() == "sqlite":
-        parsed = parsed.set(drivername="sqlite+aiosqlite")
-    engine = create_async_engine(parsed)
-    if engine.dialect.name == "sqlite":
-        _prepare_sqlite(engine.sync_engine)
+    if parsed.get_backend_name() == "postgresql":
+        return create_async_engine(parsed, connect_args=POSTGRES, **POOL)
+    engine = create_async_engine(parsed.set(drivername="sqlite+aiosqlite"))
+    _prepare_sqlite(engine.sync_engine)
     return engine
 
 
@@ -94,14 +121,26 @@ class Database:
 
 
 async def _read_session(request: Request) -> AsyncIterator[AsyncSession]:
-    async with request.state.database.reading() as session, session.begin():
+    async with _session(request.state.database.reading) as session:
         yield session
 
 
 async def _write_session(request: Request) -> AsyncIterator[AsyncSession]:
     """One request is one transaction."""
-    async with request.state.database.writing() as session, session.begin():
+    async with _session(request.state.database.writing) as session:
         yield session
+        failpoint(Point.REQUEST_BEFORE_COMMIT)
+    failpoint(Point.REQUEST_AFTER_COMMIT)
+
+
+@asynccontextmanager
+async def _session(make: async_sessionmaker[AsyncSession]) -> AsyncIterator[AsyncSession]:
+    try:
+        async with asyncio.timeout(REQUEST_SECONDS), make() as session, session.begin():
+            yield session
+    except (*OUTAGES, TimeoutError) as error:
+        log.warning("the database does not answer", exc_info=error)
+        raise DatabaseUnavailable from error
 
 
 # scope="function": the commit comes before the response leaves, not after it.

@@ -19,6 +19,7 @@
     ├── InvalidRequest               422  invalid_request, or the code of its only fault
     │   └── IdempotencyKeyReused          idempotency_key_reused
     └── NotReady                     503  not_ready
+        └── DatabaseUnavailable           database_unavailable
 
 What a request's shape has wrong is told by app/faults.py.
 """
@@ -210,6 +211,16 @@ class NotReady(ServiceError):
 
     def __init__(self, detail: str, hint: str) -> None:
         super().__init__(detail, hint, headers={"Retry-After": "5"})
+
+
+class DatabaseUnavailable(NotReady):
+    code = "database_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The database does not answer.",
+            "Send the request again; with the same Idempotency-Key it makes no second job.",
+        )
 
 
 Responses = dict[int | str, dict[str, Any]]

@@ -7,11 +7,12 @@ from typing import Literal
 import structlog
 from fastapi import APIRouter, Request
 from obstore.exceptions import BaseError
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from sqlalchemy import inspect, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import __version__
+from app.broker_health import BrokerState
 from app.db import Database
 from app.errors import NotReady, problems
 from app.migrate import head
@@ -27,6 +28,12 @@ class Health(BaseModel):
     status: Literal["ok"] = "ok"
 
 
+class Readiness(Health):
+    broker: BrokerState | None = Field(
+        None, description="Jobs are accepted without it too. null: this service has none."
+    )
+
+
 class Version(BaseModel):
     version: str
     api: int = 1
@@ -39,15 +46,15 @@ async def healthz() -> Health:
 
 
 @router.get("/readyz", summary="Can it serve?", responses=problems(NotReady))
-async def readyz(request: Request) -> Health:
-    """Database reachable and migrated, store writable."""
+async def readyz(request: Request) -> Readiness:
+    """Database reachable and migrated, store writable. An unreachable broker is only told."""
     try:
         async with asyncio.timeout(PATIENCE_SECONDS):
             await _check_database(request.state.database)
             await _check_store(request.state.store)
     except TimeoutError as error:
         raise NotReady("The database or the store does not answer.", "Try again.") from error
-    return Health()
+    return Readiness(broker=await request.state.broker.state())
 
 
 @router.get("/version", summary="Which version is this?")
@@ -68,7 +75,7 @@ async def _check_database(database: Database) -> None:
     if found != expected:
         raise NotReady(
             f"The database is at migration {found or 'none'}, this program expects {expected}.",
-            "Migrate it: `flatlora up` does.",
+            "Run `flatlora migrate`.",
         )
 
 

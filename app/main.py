@@ -1,25 +1,30 @@
 """The application: what it holds, who answers, and how errors look."""
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from typing import Any, TypedDict
 
 from fastapi import Depends, FastAPI
 
-from app import __version__, health
+from app import __version__, health, metrics
 from app.adapters import endpoints as adapters
 from app.auth import ensure_key, require_key
+from app.broker_health import BrokerHealth
 from app.datasets import endpoints as datasets
 from app.datasets.uploads import forget_broken
-from app.db import Database
+from app.db import Database, make_engine
 from app.errors import install_error_handlers
 from app.jobs import endpoints as jobs
 from app.logs import configure_logs
 from app.middleware import BodyLimit, RequestLog, SameSite
 from app.models import endpoints as models
 from app.openapi import describe
+from app.periodic import Periodic
 from app.settings import Settings, get_settings
 from app.storage import ArtifactStore
+from app.tracing import configure_tracing, flush, telemetry
+from app.workers import endpoints as workers
 
 DESCRIPTION = """
 Fine-tunes language models to follow instructions, with
@@ -33,19 +38,44 @@ class State(TypedDict):
     database: Database
     store: ArtifactStore
     key: str | None
+    wakes: Periodic | None
+    """Sends wake-ups to the workers of a cluster."""
+    broker: BrokerHealth
+    metrics: metrics.Metrics
+
+
+def relay(settings: Settings) -> AbstractContextManager[Periodic | None]:
+    """What is left in the outbox goes to the broker, beside the requests."""
+    if not settings.is_cluster:
+        return nullcontext()
+    from app.broker import make_celery  # a laptop's service starts without Celery
+    from app.outbox import Relay
+
+    sender = Relay(make_engine(settings.database), make_celery(settings.broker_url))
+    return Periodic("relay", settings.relay_seconds, sender.send_due)
 
 
 def create_app(settings: Settings) -> FastAPI:
+    broker = BrokerHealth(settings.broker_url)
+    numbers = metrics.Metrics(settings, broker)
+
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[State]:
         database = Database(settings.database)
+        numbers.read_from(database)
+        relaying = relay(settings)
         key = ensure_key(settings)[0] if settings.auth == "key" else None
         store = ArtifactStore.local(settings.artifacts_dir)
         forget_broken(settings.uploads_dir)
         try:
-            yield State(settings=settings, database=database, store=store, key=key)
+            with relaying as wakes:
+                yield State(
+                    settings=settings, database=database, store=store, key=key, wakes=wakes,
+                    broker=broker, metrics=numbers,
+                )  # fmt: skip
         finally:
             await database.engine.dispose()
+            await asyncio.to_thread(flush)
 
     app = FastAPI(
         title="flatlora",
@@ -54,26 +84,30 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         redirect_slashes=False,
         redoc_url=None,
-        telemetry={"tracing": False},
+        telemetry=telemetry(),
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
     install_error_handlers(app)
     app.include_router(health.router)
+    app.include_router(metrics.router)
     with_key: dict[str, Any] = {"dependencies": [Depends(require_key)]}
     app.include_router(jobs.router, **with_key)
     app.include_router(adapters.router, **with_key)
     app.include_router(datasets.router, **with_key)
     app.include_router(models.router, **with_key)
+    app.include_router(workers.router, **with_key)
     app.add_middleware(
         BodyLimit, bytes=settings.max_body_bytes, upload_bytes=settings.max_upload_bytes
     )
     app.add_middleware(SameSite, hosts=settings.hosts)
-    app.add_middleware(RequestLog)
+    app.add_middleware(RequestLog, metrics=numbers)
     describe(app)
     return app
 
 
 def make_app() -> FastAPI:
     """For a server: ``uvicorn --factory app.main:make_app``."""
-    configure_logs()
-    return create_app(get_settings())
+    settings = get_settings()
+    configure_logs(settings)
+    configure_tracing("flatlora-api")
+    return create_app(settings)

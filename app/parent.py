@@ -6,8 +6,10 @@ import signal
 import stat
 import sys
 import threading
+import time
 
 PR_SET_PDEATHSIG = 1
+POLL_SECONDS = 1  # where the kernel cannot be asked
 
 
 def die_with_parent() -> None:
@@ -19,9 +21,26 @@ def die_with_parent() -> None:
     """
     if not stat.S_ISFIFO(os.fstat(0).st_mode):
         return
+    _ask_the_kernel()
+    threading.Thread(target=_end_with_input, name="parent", daemon=True).start()
+
+
+def follow() -> None:
+    """For a process that its parent has forked: end when the parent ends."""
+    parent = os.getppid()
+    _ask_the_kernel()
+    threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(POLL_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _ask_the_kernel() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    threading.Thread(target=_end_with_input, name="parent", daemon=True).start()
 
 
 def _end_with_input() -> None:

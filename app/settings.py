@@ -20,7 +20,7 @@ from app.uris import Roots
 
 HEARTBEATS_PER_LEASE = 3  # two may be late or lost before a worker counts as dead
 LOOPBACK = ["127.0.0.1", "[::1]", "localhost"]
-POSTGRES = re.compile(r"^postgres(ql)?://")  # as hosts of databases write it: without a driver
+POSTGRES = re.compile(r"^postgres(ql)?(\+psycopg)?://")  # as hosts of databases write it
 
 
 def split_list(value: object) -> object:
@@ -89,6 +89,9 @@ class Settings(BaseSettings):
     Empty: each GPU of the machine, or one ``cpu``."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Where a worker serves its Prometheus metrics; 0: nowhere."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["auto", "json", "console"] = "auto"
+    """``auto``: colours on a terminal, else a JSON object a line."""
     trainer_module: str = "worker.trainer"
     """The module that is run as the trainer process, for trainers of your own."""
 
@@ -115,6 +118,17 @@ class Settings(BaseSettings):
         folders = [root.expanduser().resolve() for root in roots]
         # No data folder: that setting is wrong itself, and nothing will be served.
         return Roots(folders, info.data["data_dir"]) if "data_dir" in info.data else folders
+
+    @field_validator("broker_url", mode="after")
+    @classmethod
+    def _need_a_server(cls, broker: str, info: ValidationInfo) -> str:
+        database = info.data.get("database_url", "")
+        if broker and not POSTGRES.match(database):
+            raise ValueError(
+                "workers of a cluster share a Postgres database: set FLATLORA_DATABASE_URL to "
+                f"postgresql://…; found {database or 'none, which is SQLite'!r}"
+            )
+        return broker
 
     @field_validator("heartbeat_seconds", mode="after")
     @classmethod
@@ -164,6 +178,11 @@ class Settings(BaseSettings):
     def slots_dir(self) -> Path:
         """A lock for each slot of a worker, held by the process that works in it."""
         return self.data_dir / "slots"
+
+    @property
+    def alive_file(self) -> Path:
+        """Touched by a worker that turns, for health checks on its machine."""
+        return self.data_dir / "worker.alive"
 
     @property
     def uploads_dir(self) -> Path:

@@ -138,6 +138,10 @@ class ArtifactStore:
             _sync_path(part)
 
 
+def open_store(settings: Any) -> ArtifactStore:
+    return ArtifactStore.local(settings.artifacts_dir)
+
+
 def _sync_path(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

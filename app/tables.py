@@ -74,6 +74,7 @@ class JobRow(Table):
         Index("ix_jobs_status_created_at_id", "status", "created_at", "id"),
         Index("ix_jobs_created_at_id", "created_at", "id"),
         Index("ix_jobs_queue", "status", "project", "priority", "created_at", "id"),
+        Index("ix_jobs_project_started_at", "project", "started_at"),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)

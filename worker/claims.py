@@ -4,20 +4,27 @@ A claim raises the row's fence. Every later write carries that fence and the con
 job is still held; it changes nothing, and raises ``LeaseLost``, once another attempt has begun.
 """
 
-from collections.abc import Collection, Mapping
+import random
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
-from sqlalchemy import CursorResult, Engine, func, select, update
+from sqlalchemy import CursorResult, Engine, func, null, select, update
 from sqlalchemy.orm import Session
 
 from app.db import now
+from app.failpoints import Point, failpoint
 from app.jobs.events import event
 from app.jobs.states import Phase, Reason, Status, may_move
+from app.outbox import wake
 from app.tables import JobRow
+from worker.queue import HELD, best, is_ready
 
-HELD = [status for status in Status if status.is_held]
 RECOVERIES_LIMIT = 10  # times that a job may be held by a service that is killed
+CLAIM_TRIES = 20
 
 
 class LeaseLost(Exception):
@@ -32,35 +39,59 @@ class Lease:
     spec: Mapping[str, Any]
     runtime: float
     """Seconds that earlier attempts have worked."""
+    created_at: datetime
+    inputs: Mapping[str, Any] | None
+    """What the first attempt has read, where that is pinned."""
+    checkpoint: Mapping[str, Any] | None
+    """The newest one in the store."""
+    request_id: str | None
+    traceparent: str | None
 
 
-LEASE = (JobRow.id, JobRow.fence, JobRow.attempt, JobRow.spec, JobRow.runtime)
+LEASE = (
+    JobRow.id, JobRow.fence, JobRow.attempt, JobRow.spec, JobRow.runtime, JobRow.created_at,
+    JobRow.inputs, JobRow.checkpoint, JobRow.request_id, JobRow.traceparent,
+)  # fmt: skip
 
 
 class Claims:
     """One worker's way to the queue."""
 
     def __init__(
-        self, engine: Engine, worker: str, *, lease_seconds: float, max_attempts: int
+        self,
+        engine: Engine,
+        worker: str,
+        *,
+        lease_seconds: float,
+        max_attempts: int,
+        retry_seconds: float = 0,
+        wakes: bool = False,
     ) -> None:
+        """``wakes``: what is put back into the queue leaves a wake-up in the outbox."""
         self._reading = engine
         self._writing = engine.execution_options(writes=True)
         self._worker = worker
         self._lease_seconds = lease_seconds
         self._max_attempts = max_attempts
+        self._retry_seconds = retry_seconds
+        self._wakes = wakes
+        self.dialect = engine.dialect.name
 
     def claim_next(self) -> Lease | None:
-        """Take the oldest queued job, if there is one."""
-        oldest = (
-            select(JobRow.id)
-            .where(JobRow.status == Status.QUEUED)
-            .order_by(JobRow.created_at, JobRow.id)
-            .limit(1)
-            .with_for_update(skip_locked=True)
-        )
+        """Take the job whose turn it is, if one waits."""
+        for _ in range(CLAIM_TRIES):
+            with Session(self._reading) as session:
+                if session.scalar(select(JobRow.id).where(*is_ready()).limit(1)) is None:
+                    return None
+            if lease := self._take():
+                return lease
+            time.sleep(random.uniform(0, 0.02))  # noqa: S311 - others are taking the last ones
+        return None
+
+    def _take(self) -> Lease | None:
         take = (
             update(JobRow)
-            .where(JobRow.id == oldest.scalar_subquery(), JobRow.status == Status.QUEUED)
+            .where(JobRow.id == best(), JobRow.status == Status.QUEUED)
             .values(
                 status=Status.RUNNING,
                 phase=Phase.FETCHING,
@@ -68,18 +99,24 @@ class Claims:
                 attempt=JobRow.attempt + 1,
                 worker=self._worker,
                 lease_until=now(self._lease_seconds),
+                available_at=None,
                 started_at=func.coalesce(JobRow.started_at, now()),
                 updated_at=now(),
             )
             .returning(*LEASE)
         )
-        with Session(self._writing) as session, session.begin():
+        with self._committing(Point.CLAIM_BEFORE_COMMIT, Point.CLAIM_AFTER_COMMIT) as session:
             row = session.execute(take).one_or_none()
             if row is None:
                 return None
             lease = Lease(*row)
             session.execute(
-                event(lease.job_id, "job.running", f"Attempt {lease.attempt} is running.")
+                event(
+                    lease.job_id,
+                    "job.running",
+                    f"Attempt {lease.attempt} is running.",
+                    worker=self._worker,
+                )
             )
             return lease
 
@@ -104,8 +141,35 @@ class Claims:
             raise LeaseLost(lease.job_id)
         return Status(status)
 
-    def transaction(self) -> Session:
-        return Session(self._writing)
+    def beat(self, lease: Lease, statements: Collection[Any], **values: Any) -> Status:
+        """Heartbeat with what has gathered since the last one, in one transaction."""
+        with self._committing(
+            Point.HEARTBEAT_BEFORE_COMMIT, Point.HEARTBEAT_AFTER_COMMIT
+        ) as session:
+            status = self.extend(session, lease, **values)
+            for statement in statements:
+                session.execute(statement)
+            return status
+
+    def pin(self, lease: Lease, inputs: Mapping[str, Any]) -> None:
+        """Say what the job has read, once and for all attempts."""
+        with self._committing(Point.INPUTS_BEFORE_PIN, Point.INPUTS_AFTER_PIN) as session:
+            self.extend(session, lease, inputs=dict(inputs))
+
+    def hand_over(self, lease: Lease, checkpoint: Mapping[str, Any]) -> None:
+        """Point at a checkpoint that is in the store."""
+        with self._committing(Point.HANDOVER_BEFORE_COMMIT, Point.HANDOVER_AFTER_COMMIT) as session:
+            self.extend(session, lease, checkpoint=dict(checkpoint))
+
+    @contextmanager
+    def _committing(self, before: Point, after: Point) -> Iterator[Session]:
+        with Session(self._writing) as session, session.begin():
+            yield session
+            failpoint(before)
+        failpoint(after)
+
+    def _requeueing(self) -> Any:
+        return self._committing(Point.REQUEUE_BEFORE_COMMIT, Point.REQUEUE_AFTER_COMMIT)
 
     def succeed(
         self, lease: Lease, *, result: Mapping[str, Any], adapter: Mapping[str, Any] | None
@@ -121,7 +185,7 @@ class Claims:
 
     def release(self, lease: Lease, why: str, **values: Any) -> None:
         """Put a drained job back; the attempt does not count."""
-        with self.transaction() as session, session.begin():
+        with self._requeueing() as session:
             status = self.extend(session, lease)
             if status is Status.CANCELLING:
                 self._finish(session, lease, Status.CANCELLED, "The job was cancelled.")
@@ -129,9 +193,14 @@ class Claims:
             self._requeue(session, lease, why, attempt=JobRow.attempt - 1, **values)
 
     def lose(self, lease: Lease, reason: Reason, why: str) -> None:
-        """Put a job back whose trainer has died, or fail it after the last attempt."""
-        with self.transaction() as session, session.begin():
-            self._lose(session, lease, reason, why)
+        """Put a job back whose trainer has died, or fail it after the last attempt.
+
+        It waits, longer each time, so that others go first and what was wrong may pass.
+        """
+        wait = self._retry_seconds * 2 ** (lease.attempt - 1)
+        wait *= random.uniform(0.8, 1.2)  # noqa: S311 - not all at once after an outage
+        with self._requeueing() as session:
+            self._lose(session, lease, reason, why, wait)
 
     def recover(self) -> int:
         """Put back what this worker held before it died. The caller knows that it is alone.
@@ -139,7 +208,7 @@ class Claims:
         The service died, not the job, so the attempt does not count; but a job that takes the
         service down with it each time must not come back for ever.
         """
-        with self.transaction() as session, session.begin():
+        with Session(self._reading) as session:
             held = session.execute(
                 select(*LEASE, JobRow.recoveries).where(
                     JobRow.worker == self._worker, JobRow.status.in_(HELD)
@@ -166,7 +235,7 @@ class Claims:
 
     def reap(self) -> int:
         """Put back every job whose lease has run out."""
-        with self.transaction() as session, session.begin():
+        with self._requeueing() as session:
             expired = session.execute(
                 select(*LEASE)
                 .where(JobRow.status.in_(HELD), JobRow.lease_until < now())
@@ -175,6 +244,38 @@ class Claims:
             for row in expired:
                 self._lose(
                     session, Lease(*row), Reason.WORKER_LOST, "The worker's heartbeat stopped."
+                )
+        return len(expired)
+
+    def expire(self) -> int:
+        """Fail every job that has waited longer than its author wants to wait."""
+        late = (
+            update(JobRow)
+            .where(
+                JobRow.status == Status.QUEUED,
+                JobRow.started_at.is_(None),
+                JobRow.queue_deadline < now(),
+            )
+            .values(
+                status=Status.FAILED,
+                reason=Reason.MAX_QUEUE_TIME,
+                message="No worker was free before the time that the job was given.",
+                hint="Raise resources.max_queue_time, or start more workers.",
+                updated_at=now(),
+                finished_at=now(),
+            )
+            .returning(JobRow.id)
+        )
+        with Session(self._writing) as session, session.begin():
+            expired = session.scalars(late).all()
+            for job_id in expired:
+                session.execute(
+                    event(
+                        job_id,
+                        "job.failed",
+                        "The job has waited for too long.",
+                        reason=Reason.MAX_QUEUE_TIME,
+                    )
                 )
         return len(expired)
 
@@ -189,7 +290,9 @@ class Claims:
             )
             return {row.id: row.reason for row in rows}
 
-    def _lose(self, session: Session, lease: Lease, reason: Reason, why: str) -> None:
+    def _lose(
+        self, session: Session, lease: Lease, reason: Reason, why: str, wait: float = 0
+    ) -> None:
         status = self.extend(session, lease)
         if status is Status.CANCELLING:
             self._finish(session, lease, Status.CANCELLED, "The job was cancelled.")
@@ -205,9 +308,11 @@ class Claims:
                 hint="See the trainer's log on the worker, then submit the job again.",
             )
         else:
-            self._requeue(session, lease, why)
+            self._requeue(session, lease, why, wait)
 
-    def _requeue(self, session: Session, lease: Lease, why: str, **values: Any) -> None:
+    def _requeue(
+        self, session: Session, lease: Lease, why: str, wait: float = 0, **values: Any
+    ) -> None:
         self._move(
             session,
             lease,
@@ -217,11 +322,14 @@ class Claims:
             phase=None,
             worker=None,
             lease_until=None,
+            available_at=now(wait) if wait else None,
             **values,
         )
+        if self._wakes:
+            session.execute(wake(lease.job_id, wait))
 
     def _end(self, lease: Lease, status: Status, event_message: str, **values: Any) -> None:
-        with self.transaction() as session, session.begin():
+        with self._committing(Point.END_BEFORE_COMMIT, Point.END_AFTER_COMMIT) as session:
             self._finish(session, lease, status, event_message, **values)
 
     def _finish(
@@ -235,6 +343,7 @@ class Claims:
             event_message,
             phase=None,
             lease_until=None,
+            checkpoint=null(),  # nobody goes on from it; the store forgets it
             finished_at=now(),
             **values,
         )

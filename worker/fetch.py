@@ -1,7 +1,12 @@
-"""Bringing a job's inputs to the worker, before a trainer is started."""
+"""Bringing a job's inputs to the worker, before a trainer is started.
+
+In a cluster a later attempt may run on another machine, where a file may differ and a branch of the
+hub may have moved. So the first attempt pins what it has read: datasets go to the store under their
+hashes, and the row says which, with the model's commit.
+"""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +17,16 @@ from app.settings import Settings
 from app.storage import ArtifactStore, Damaged, sha256_of
 from app.tables import DatasetRow
 from app.uris import UriError, resolve_dataset_file, resolve_model_folder
-from worker.inputs import read_job, write_job
+from worker.claims import Lease
+from worker.inputs import pinned, read_job, write_job
 from worker.training.config import BaseModel, DataFile
 from worker.training.errors import BaseModelUnavailable, DatasetUnavailable
 
 Download = Callable[[str, str | None], Path]
 """Brings a model of the hub, at a revision, to a folder that is named by its commit."""
+
+Pin = Callable[[Mapping[str, Any]], None]
+"""Writes into the job's row what its first attempt has read."""
 
 
 class Fetcher:
@@ -26,19 +35,61 @@ class Fetcher:
         self._engine = engine
         self._store = store
 
-    def fetch(self, folder: Path, job_id: str, spec: dict[str, Any], download: Download) -> None:
+    def fetch(self, folder: Path, lease: Lease, download: Download, pin: Pin) -> None:
         """Fill a job's folder with its inputs and their description.
 
         A later attempt finds the first one's copies and uses them again, so that a file that has
         changed meanwhile cannot change a resumed run.
         """
-        if _is_intact(folder):
+        spec = lease.spec
+        if lease.inputs is not None:
+            self._fetch_pinned(folder, lease, lease.inputs, download)
             return
-        base_model = self._base_model(spec["base_model"], spec["base_model_revision"], download)
-        dataset = self._dataset(folder, "train", spec["dataset_uri"])
-        validation_uri = spec["evaluation"]["validation_uri"]
-        validation = self._dataset(folder, "validation", validation_uri) if validation_uri else None
-        write_job(folder, job_id, spec, base_model, dataset, validation)
+        if not _is_intact(folder):
+            base_model = self._base_model(spec["base_model"], spec["base_model_revision"], download)
+            dataset = self._dataset(folder, "train", spec["dataset_uri"])
+            uri = spec["evaluation"]["validation_uri"]
+            validation = self._dataset(folder, "validation", uri) if uri else None
+            write_job(folder, lease.job_id, dict(spec), base_model, dataset, validation)
+        if self._settings.is_cluster:
+            self._pin(folder, pin)
+
+    def _pin(self, folder: Path, pin: Pin) -> None:
+        job = read_job(folder)
+        for file in (job.dataset, job.validation):
+            if file:
+                self._store.put_file(file.path, file.sha256)
+        pin(pinned(folder))
+
+    def _fetch_pinned(
+        self, folder: Path, lease: Lease, inputs: Mapping[str, Any], download: Download
+    ) -> None:
+        """What an attempt on this or on another machine has read."""
+        if _is_intact(folder) and pinned(folder) == inputs:
+            return
+        model = inputs["base_model"]
+        base_model = self._base_model(model["name"], model["revision"], download)
+        files = [
+            self._stored(folder, name, inputs[key]) if inputs[key] else None
+            for name, key in (("train", "dataset"), ("validation", "validation"))
+        ]
+        dataset, validation = files
+        assert dataset is not None
+        write_job(
+            folder, lease.job_id, dict(lease.spec), base_model, dataset, validation, inputs["clock"]
+        )
+
+    def _stored(self, folder: Path, name: str, values: Mapping[str, Any]) -> DataFile:
+        file = DataFile(path=folder / "dataset" / name, **values)
+        file.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._store.fetch(file.sha256, file.path)
+        except Damaged as error:
+            raise DatasetUnavailable(
+                f"What the job's first attempt has read of {file.uri} is damaged or gone.",
+                "Submit the job again.",
+            ) from error
+        return file
 
     def _dataset(self, folder: Path, name: str, uri: str) -> DataFile:
         target = folder / "dataset" / name

@@ -29,21 +29,38 @@ def write_job(
     base_model: BaseModel,
     dataset: DataFile,
     validation: DataFile | None,
+    clock: str | None = None,
 ) -> None:
-    """Describe the job to the trainer. Whole or not at all, and on the disk when this returns."""
+    """Describe the job to the trainer. Whole or not at all, and on the disk when this returns.
+
+    ``clock`` is what templates see as the time: that of the first attempt, or now.
+    """
     record = {
         "job_id": job_id,
         "spec": spec,
         "base_model": asdict(base_model),
         "dataset": asdict(dataset),
         "validation": asdict(validation) if validation else None,
-        "clock": datetime.now(UTC).isoformat(timespec="seconds"),
+        "clock": clock or datetime.now(UTC).isoformat(timespec="seconds"),
     }
     partial = folder / (JOB_FILE + ".part")
     partial.write_text(json.dumps(record, default=str, indent=1))
     sync(partial)
     partial.rename(folder / JOB_FILE)
     sync(folder)
+
+
+def pinned(folder: Path) -> dict[str, Any]:
+    """What another machine needs to read the same: names and hashes, without this one's paths."""
+    record = json.loads((folder / JOB_FILE).read_text())
+    described = ("base_model", "dataset", "validation")
+    found = {
+        name: {key: value for key, value in record[name].items() if key != "path"}
+        if record[name]
+        else None
+        for name in described
+    }
+    return {"clock": record["clock"], **found}
 
 
 def read_job(folder: Path) -> TrainingJob:

@@ -1,10 +1,13 @@
 """A trainer subprocess: started apart, listened to, told to stop, and never left behind."""
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -14,7 +17,8 @@ from worker.pipe import Message, read_messages
 
 # Nothing else of the supervisor's environment reaches the trainer: no database, no keys.
 PASSED_ON = (
-    "CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH",
+    "CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "FLATLORA_EXECUTION_LOG", "FLATLORA_FAILPOINTS",
+    "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH",
     "MKL_NUM_THREADS", "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PATH", "TMPDIR", "TZ",
 )  # fmt: skip
 FIXED = {
@@ -33,13 +37,29 @@ DOWNLOADING = (
 
 Task = Literal["download", "train", "verify"]
 
+LOCK_FILE = "trainer.lock"
+LOCK_SECONDS = 10  # for a killed trainer to be gone
+
+
+class FolderBusy(Exception):
+    """A trainer of an earlier attempt works in the job's folder and cannot be ended."""
+
 
 class TrainerProcess:
     """One run of ``worker.trainer`` in a session of its own, gone when the block is left."""
 
-    def __init__(self, task: Task, folder: Path, *arguments: str) -> None:
+    def __init__(
+        self,
+        task: Task,
+        folder: Path,
+        *arguments: str,
+        module: str = "worker.trainer",
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """``environment`` is added to what every trainer gets."""
+        lock = _take_over(folder / LOCK_FILE)
         reading, writing = os.pipe()
-        command = [sys.executable, "-P", "-m", "worker.trainer", task, str(folder), str(writing)]
+        command = [sys.executable, "-P", "-m", module, task, str(folder), str(writing)]
         try:
             with (folder / LOG_FILE).open("ab") as log:
                 # -P: a folder called `app` where the service was started must not shadow ours.
@@ -48,15 +68,17 @@ class TrainerProcess:
                     stdin=subprocess.PIPE,  # never written to: its end tells the trainer to leave
                     stdout=log,
                     stderr=log,
-                    pass_fds=[writing],
-                    env=_environment(task),
+                    pass_fds=[writing, lock],
+                    env=_environment(task) | dict(environment or {}),
                     start_new_session=True,
                 )
+            os.pwrite(lock, f"{self._process.pid}\n".encode(), 0)
         except BaseException:
             os.close(reading)
             raise
         finally:
             os.close(writing)
+            os.close(lock)
         self._reading = reading
 
     def __enter__(self) -> "TrainerProcess":
@@ -104,6 +126,28 @@ def _environment(task: Task) -> dict[str, str]:
     names = PASSED_ON + (DOWNLOADING if task == "download" else ())
     passed = {name: os.environ[name] for name in names if name in os.environ}
     return passed | FIXED | ({} if task == "download" else OFFLINE)
+
+
+def _take_over(path: Path) -> int:
+    """Lock the folder for a new trainer, which holds the lock for as long as it lives.
+
+    One that still holds it belongs to an older fence: its supervisor hangs, or lost its lease and
+    has not noticed. It has no right to run.
+    """
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    deadline = time.monotonic() + LOCK_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with suppress(ValueError, ProcessLookupError):
+                os.killpg(int(os.pread(lock, 32, 0)), signal.SIGKILL)
+            time.sleep(0.05)
+        else:
+            os.ftruncate(lock, 0)
+            return lock
+    os.close(lock)
+    raise FolderBusy(f"A trainer of an earlier attempt still works in {path.parent}.")
 
 
 def out_of_memory_kills() -> int:

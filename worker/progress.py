@@ -6,7 +6,6 @@ from typing import Any
 
 from sqlalchemy import Insert
 from sqlalchemy.dialects import postgresql, sqlite
-from sqlalchemy.orm import Session
 
 from app.jobs.events import event
 from app.jobs.states import Phase, Status
@@ -27,6 +26,8 @@ class Progress:
         self._metrics: list[dict[str, Any]] = []
         self._events: list[Insert] = []
         self._written_at = time.monotonic()
+        self.heard_at = time.monotonic()
+        """When the trainer last said anything."""
 
     def phase(self, phase: Phase) -> None:
         with self._lock:
@@ -34,6 +35,7 @@ class Progress:
 
     def take(self, message: Message) -> None:
         with self._lock:
+            self.heard_at = time.monotonic()
             match message["kind"]:
                 case "phase":
                     self._row["phase"] = message["name"]
@@ -63,13 +65,9 @@ class Progress:
             events, self._events = self._events, []
         worked = time.monotonic() - self._written_at
         try:
-            with self._claims.transaction() as session, session.begin():
-                runtime = JobRow.runtime + worked
-                status = self._claims.extend(session, self._lease, runtime=runtime, **row)
-                for metric in metrics:
-                    session.execute(upsert_metric(session, metric))
-                for statement in events:
-                    session.execute(statement)
+            statements = [upsert_metric(self._claims.dialect, metric) for metric in metrics]
+            runtime = JobRow.runtime + worked
+            status = self._claims.beat(self._lease, [*statements, *events], runtime=runtime, **row)
         except BaseException:
             self._put_back(row, metrics, events)
             raise
@@ -110,10 +108,10 @@ class Progress:
             self._events = events + self._events
 
 
-def upsert_metric(session: Session, values: dict[str, Any]) -> Insert:
+def upsert_metric(dialect: str, values: dict[str, Any]) -> Insert:
     """A step that runs again after a resume replaces its row."""
-    is_postgres = session.get_bind().dialect.name == "postgresql"
-    statement = (postgresql.insert if is_postgres else sqlite.insert)(MetricRow).values(**values)
+    insert = postgresql.insert if dialect == "postgresql" else sqlite.insert
+    statement = insert(MetricRow).values(**values)
     return statement.on_conflict_do_update(
         index_elements=[MetricRow.job_id, MetricRow.series, MetricRow.step],
         set_={"data": statement.excluded.data},

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from app.failpoints import Point, failpoint
 from app.storage import ArtifactStore
 
 
@@ -14,6 +15,7 @@ def publish(
     Where an earlier attempt has written the manifest and then died before the row was set, that
     manifest is returned: a job has one adapter, whoever finishes it.
     """
+    failpoint(Point.PUBLISH_BEFORE_BLOBS)
     paths = sorted((folder / "adapter").iterdir())
     files = [
         {"name": path.name, "size": path.stat().st_size, "sha256": store.put_file(path)}
@@ -21,4 +23,8 @@ def publish(
     ]
     size = sum(path.stat().st_size for path in paths)
     adapter = {"files": files, "size": size}
-    return store.put_manifest(job_id, {"job_id": job_id, "adapter": adapter, "result": result})
+    failpoint(Point.PUBLISH_AFTER_BLOBS)
+    manifest = {"job_id": job_id, "adapter": adapter, "result": result}
+    stored = store.put_manifest(job_id, manifest)
+    failpoint(Point.PUBLISH_AFTER_MANIFEST)
+    return stored

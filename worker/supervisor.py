@@ -2,26 +2,34 @@
 
 import shutil
 import signal
-import threading
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
+from obstore.exceptions import BaseError
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.jobs.states import Phase, Reason
+from app.logs import job_context
 from app.settings import Settings
-from app.storage import ArtifactStore
+from app.storage import ArtifactStore, Damaged
 from worker.claims import Claims, Lease, LeaseLost
+from worker.devices import CPU
 from worker.fetch import Fetcher
+from worker.handover import Handover, restore
 from worker.inputs import CHECKPOINTS, JOB_FILE, LOG_FILE
+from worker.patience import until_stored, until_written
 from worker.pipe import Message
-from worker.process import Task, TrainerProcess, out_of_memory_kills
+from worker.process import FolderBusy, Task, TrainerProcess, out_of_memory_kills
 from worker.progress import Progress
 from worker.publish import publish
-from worker.training.errors import JobError, as_told
-from worker.watch import Stop, Watch
+from worker.training.errors import JobError, PublishFailed, as_told
+from worker.watch import Draining, Stop, Watch
+
+Value = TypeVar("Value")
 
 log = structlog.get_logger()
 
@@ -35,10 +43,13 @@ class Interrupted(Exception):
 class TrainerDied(Exception):
     """The trainer ended in a way that nobody asked for."""
 
-    def __init__(self, code: int, reason: Reason) -> None:
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+    def __init__(self, how: str, reason: Reason = Reason.WORKER_LOST) -> None:
         super().__init__(f"The trainer {how}.")
         self.reason = reason
+
+
+def _how(code: int) -> str:
+    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
 
 
 class ReportedFailure(JobError):
@@ -56,24 +67,32 @@ class Supervisor:
         claims: Claims,
         fetcher: Fetcher,
         store: ArtifactStore,
-        draining: threading.Event,
+        draining: Draining,
+        device: str | None = None,
     ) -> None:
+        """``device``: the GPU's number, ``cpu``, or None for whatever the trainer finds."""
         self._settings = settings
         self._claims = claims
         self._fetcher = fetcher
         self._store = store
         self._draining = draining
+        self._device = device
 
     def run(self, lease: Lease) -> None:
         """Bring the job to an end, or back into the queue. Never raises for the job's own sake."""
-        logger = log.bind(job_id=lease.job_id, attempt=lease.attempt, fence=lease.fence)
-        logger.info("job claimed")
-        try:
-            self._attempt(lease)
-        except LeaseLost:
-            logger.warning("lease lost: somebody else holds the job now")
-        else:
-            logger.info("attempt ended")
+        with job_context(
+            job_id=lease.job_id,
+            attempt=lease.attempt,
+            fence=lease.fence,
+            request_id=lease.request_id,
+        ):
+            log.info("job claimed")
+            try:
+                self._attempt(lease)
+            except LeaseLost:
+                log.warning("lease lost: somebody else holds the job now")
+            else:
+                log.info("attempt ended")
         self.sweep()
 
     def _attempt(self, lease: Lease) -> None:
@@ -83,52 +102,101 @@ class Supervisor:
             try:
                 result, adapter = self._work(lease, progress, watch)
             except Interrupted:
-                progress.flush()
+                self._write(progress.flush)
                 self._yield_to(watch.stop, lease)
-            except TrainerDied as death:
-                progress.flush()
-                self._claims.lose(lease, death.reason, str(death))
+            except TrainerDied as error:
+                death = error
+                self._write(progress.flush)
+                self._write(lambda: self._claims.lose(lease, death.reason, str(death)))
             except (SQLAlchemyError, LeaseLost):
                 raise  # nothing can be written now; the lease will run out
             except Exception as error:
-                progress.flush()
+                self._write(progress.flush)
                 failure = as_told(error, unforeseen=UNFORESEEN)
                 if failure is UNFORESEEN:
-                    log.error("attempt failed", job_id=lease.job_id, exc_info=error)
-                self._claims.fail(lease, Reason(failure.reason), failure.message, failure.hint)
+                    log.error("attempt failed", exc_info=error)
+                reason = Reason(failure.reason)
+                self._write(lambda: self._claims.fail(lease, reason, failure.message, failure.hint))
             else:
-                progress.flush()
-                self._claims.succeed(lease, result=result, adapter=adapter)
+                self._write(progress.flush)
+                self._write(lambda: self._claims.succeed(lease, result=result, adapter=adapter))
+            self._forget_checkpoints(lease)
 
     def _work(
         self, lease: Lease, progress: Progress, watch: Watch
     ) -> tuple[dict[str, Any], dict[str, Any] | None]:
         folder = self._folder(lease)
         folder.mkdir(parents=True, exist_ok=True)
-
-        def download(name: str, revision: str | None) -> Path:
-            what = "description" if lease.spec["dry_run"] else "all"
-            found = self._run("download", folder, progress, watch, name, revision or "", what)
-            return Path(found["path"])
-
-        self._fetcher.fetch(folder, lease.job_id, dict(lease.spec), download)
-        result = self._run("train", folder, progress, watch)
+        self._fetch(folder, lease, progress, watch)
+        result = self._train(folder, lease, progress, watch)
         if lease.spec["dry_run"]:
             return result, None
         progress.phase(Phase.PUBLISHING)
-        self._run("verify", folder, progress, watch)
-        manifest = publish(self._store, lease.job_id, folder, result)
+        self._run("verify", folder, lease, progress, watch)
+        manifest = self._publish(folder, lease, result)
         return manifest["result"], manifest["adapter"]
 
+    def _fetch(self, folder: Path, lease: Lease, progress: Progress, watch: Watch) -> None:
+        def download(name: str, revision: str | None) -> Path:
+            what = "description" if lease.spec["dry_run"] else "all"
+            arguments = (name, revision or "", what)
+            found = self._run("download", folder, lease, progress, watch, *arguments)
+            return Path(found["path"])
+
+        def fetch() -> None:
+            pin = partial(self._claims.pin, lease)
+            self._fetcher.fetch(folder, lease, download, pin)
+
+        self._patient(fetch)
+        if self._settings.is_cluster:
+            try:
+                self._patient(lambda: restore(self._store, lease, folder))
+            except Damaged as error:  # the job begins anew, and is none the worse for it
+                log.warning("the checkpoint in the store cannot be used", exc_info=error)
+
+    def _train(
+        self, folder: Path, lease: Lease, progress: Progress, watch: Watch
+    ) -> dict[str, Any]:
+        if not self._settings.is_cluster:
+            return self._run("train", folder, lease, progress, watch)
+        with Handover(self._claims, self._store, lease, folder) as handover:
+
+            def hear(message: Message) -> None:
+                if message["kind"] == "event" and message["type"] == "job.checkpoint":
+                    handover.take(message["data"]["step"])
+
+            try:
+                return self._run("train", folder, lease, progress, watch, hear=hear)
+            except (Interrupted, TrainerDied):
+                if watch.stop in {None, Stop.DRAIN}:
+                    handover.finish(self._settings.drain_grace_seconds)
+                raise
+
+    def _publish(self, folder: Path, lease: Lease, result: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return self._patient(lambda: publish(self._store, lease.job_id, folder, result))
+        except BaseError as error:
+            raise PublishFailed(
+                "The artifact store did not take the adapter.",
+                "Check the store, then submit the job again.",
+            ) from error
+
     def _run(
-        self, task: Task, folder: Path, progress: Progress, watch: Watch, *arguments: str
+        self,
+        task: Task,
+        folder: Path,
+        lease: Lease,
+        progress: Progress,
+        watch: Watch,
+        *arguments: str,
+        hear: Callable[[Message], None] = lambda _: None,
     ) -> dict[str, Any]:
         """Run one trainer process to its end and return the result that it reported."""
         if watch.stop:
             raise Interrupted
         oom_kills = out_of_memory_kills()
         result = failure = None
-        with TrainerProcess(task, folder, *arguments) as trainer, watch.over(trainer):
+        with self._start(task, folder, lease, *arguments) as trainer, watch.over(trainer):
             for message in trainer.messages():
                 match message["kind"]:
                     case "result":
@@ -137,33 +205,78 @@ class Supervisor:
                         failure = message
                     case _:
                         progress.take(message)
+                        hear(message)
             code = trainer.wait()
         if failure:
             raise ReportedFailure(failure)
         if code == 0 and result is not None:
             return dict(result)
+        if watch.stop is Stop.STALLED:
+            raise TrainerDied(f"said nothing for {self._settings.stall_seconds:g} seconds")
         if watch.stop:
             raise Interrupted
         starved = code == -signal.SIGKILL and out_of_memory_kills() > oom_kills
-        raise TrainerDied(code, Reason.HOST_OUT_OF_MEMORY if starved else Reason.WORKER_LOST)
+        reason = Reason.HOST_OUT_OF_MEMORY if starved else Reason.WORKER_LOST
+        raise TrainerDied(_how(code), reason)
+
+    def _start(self, task: Task, folder: Path, lease: Lease, *arguments: str) -> TrainerProcess:
+        module, environment = self._settings.trainer_module, self._environment(lease)
+        try:
+            return TrainerProcess(task, folder, *arguments, module=module, environment=environment)
+        except FolderBusy as error:
+            raise TrainerDied(
+                "could not start: one of an earlier attempt cannot be ended"
+            ) from error
+
+    def _environment(self, lease: Lease) -> dict[str, str]:
+        """What the trainer of one attempt gets beside what every trainer gets."""
+        described = {
+            "FLATLORA_JOB_ID": lease.job_id,
+            "FLATLORA_ATTEMPT": str(lease.attempt),
+            "FLATLORA_FENCE": str(lease.fence),
+        }
+        if self._device is None:
+            return described
+        return described | {"CUDA_VISIBLE_DEVICES": "" if self._device == CPU else self._device}
 
     def _yield_to(self, stop: Stop | None, lease: Lease) -> None:
         """Do what was wished for."""
         match stop:
             case Stop.CANCEL:
-                self._claims.cancel(lease)
+                self._write(lambda: self._claims.cancel(lease))
             case Stop.MAX_RUNTIME:
                 limit = lease.spec["resources"]["max_runtime"]
-                self._claims.fail(
-                    lease,
-                    Reason.MAX_RUNTIME,
-                    f"The job ran for more than {limit} seconds.",
-                    "Raise resources.max_runtime, or train for fewer steps.",
+                self._write(
+                    lambda: self._claims.fail(
+                        lease,
+                        Reason.MAX_RUNTIME,
+                        f"The job ran for more than {limit} seconds.",
+                        "Raise resources.max_runtime, or train for fewer steps.",
+                    )
                 )
             case Stop.DRAIN:
-                self._claims.release(lease, "The worker stops; the job goes on from a checkpoint.")
+                why = "The worker stops; the job goes on from a checkpoint."
+                self._write(lambda: self._claims.release(lease, why))
+            case Stop.CUT_OFF:
+                why = "The worker could not reach the database; the job goes on from a checkpoint."
+                self._write(lambda: self._claims.release(lease, why))
             case _:
                 raise LeaseLost(lease.job_id)
+
+    def _write(self, write: Callable[[], Any]) -> None:
+        until_written(write, self._draining)
+
+    def _patient(self, call: Callable[[], Value]) -> Value:
+        """Through outages of the database and of the store."""
+        return until_written(lambda: until_stored(call, self._draining), self._draining)
+
+    def _forget_checkpoints(self, lease: Lease) -> None:
+        """Of a job that is over nobody goes on from one. What stays is found by the retention."""
+        if not self._settings.is_cluster:
+            return
+        with suppress(BaseError, SQLAlchemyError, OSError):
+            if self._claims.over([lease.job_id]):
+                self._store.forget_checkpoints(lease.job_id, fence=lease.fence, keep_step=None)
 
     def _folder(self, lease: Lease) -> Path:
         return self._settings.work_dir / lease.job_id

@@ -1,12 +1,13 @@
-"""The thread beside a running job: heartbeat out, wishes in, and an end to a stuck trainer."""
+"""The threads beside a running job: heartbeat out, wishes in, and an end to a stuck trainer."""
 
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from types import TracebackType
+from typing import Protocol
 
 import structlog
 
@@ -20,19 +21,34 @@ log = structlog.get_logger()
 
 TICK_SECONDS = 0.5
 SELF_FENCE = 0.75  # of the lease: without a heartbeat for so long, stop before others take over
+LAST_MOMENT = 0.95  # of the lease: by then the trainer is dead
+
+
+class Draining(Protocol):
+    """A wish to stop that other threads or processes may set: ``threading.Event`` is one."""
+
+    def is_set(self) -> bool: ...
+
+    def wait(self, timeout: float) -> bool: ...
 
 
 class Stop(Enum):
     """Why a trainer is being stopped; the later ones win over the earlier."""
 
     DRAIN = 1
-    CANCEL = 2
-    MAX_RUNTIME = 3
-    LEASE_LOST = 4
+    CUT_OFF = 2
+    CANCEL = 3
+    MAX_RUNTIME = 4
+    STALLED = 5
+    LEASE_LOST = 6
 
 
 class Watch:
-    """Keeps a lease alive while the main thread works under it."""
+    """Keeps a lease alive while the main thread works under it.
+
+    One thread talks to the database and may hang there; the other one never does, so that a trainer
+    is stopped in time whatever the network does.
+    """
 
     def __init__(
         self,
@@ -40,7 +56,7 @@ class Watch:
         claims: Claims,
         lease: Lease,
         progress: Progress,
-        draining: threading.Event,
+        draining: Draining,
     ) -> None:
         self._settings = settings
         self._claims = claims
@@ -50,16 +66,21 @@ class Watch:
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._trainer: TrainerProcess | None = None
+        self._trainer_at = 0.0
         self._stop: Stop | None = None
         self._kill_at = float("inf")
         self._heartbeat_at = time.monotonic()
         max_runtime = lease.spec["resources"]["max_runtime"]
         left = max_runtime - lease.runtime if max_runtime else float("inf")
         self._deadline = time.monotonic() + left
-        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._run, args=(duty,), name=duty.__name__, daemon=True)
+            for duty in (self._beat, self._guard)
+        ]
 
     def __enter__(self) -> "Watch":
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
@@ -69,7 +90,8 @@ class Watch:
         _traceback: TracebackType | None,
     ) -> None:
         self._over.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join(TICK_SECONDS)  # the one may hang in the database, and is a daemon
 
     @property
     def stop(self) -> Stop | None:
@@ -79,7 +101,7 @@ class Watch:
     def over(self, trainer: TrainerProcess) -> Iterator[None]:
         """Inside the block wishes reach this trainer; one that came before reaches it at once."""
         with self._lock:
-            self._trainer = trainer
+            self._trainer, self._trainer_at = trainer, time.monotonic()
             if self._stop:
                 self._send(self._stop)
         try:
@@ -88,19 +110,28 @@ class Watch:
             with self._lock:
                 self._trainer = None
 
-    def _watch(self) -> None:
+    def _run(self, duty: Callable[[], None]) -> None:
         while not self._over.wait(TICK_SECONDS):
-            self._beat()
-            now = time.monotonic()
-            if now > self._heartbeat_at + SELF_FENCE * self._settings.lease_seconds:
-                self._want(Stop.LEASE_LOST)
-            if now > self._deadline:
-                self._want(Stop.MAX_RUNTIME)
-            if self._draining.is_set():
-                self._want(Stop.DRAIN)
-            with self._lock:
-                if now > self._kill_at and self._trainer:
-                    self._trainer.kill()
+            duty()
+
+    def _guard(self) -> None:
+        now = time.monotonic()
+        if now > self._heartbeat_at + SELF_FENCE * self._settings.lease_seconds:
+            self._want(Stop.CUT_OFF)
+        if now > self._deadline:
+            self._want(Stop.MAX_RUNTIME)
+        if self._draining.is_set():
+            self._want(Stop.DRAIN)
+        with self._lock:
+            if self._trainer is None:
+                return
+            heard_at = max(self._progress.heard_at, self._trainer_at)
+        if now > heard_at + self._settings.stall_seconds:
+            self._want(Stop.STALLED)
+        with self._lock:
+            last_moment = self._heartbeat_at + LAST_MOMENT * self._settings.lease_seconds
+            if now > min(self._kill_at, last_moment) and self._trainer is not None:
+                self._trainer.kill()
 
     def _beat(self) -> None:
         due = time.monotonic() > self._heartbeat_at + self._settings.heartbeat_seconds
@@ -113,7 +144,7 @@ class Watch:
                 status = self._claims.wish(self._lease)
         except LeaseLost:
             self._want(Stop.LEASE_LOST)
-        except Exception as error:  # this thread must go on: it is what stops a stuck trainer
+        except Exception as error:  # this thread must go on
             log.warning("heartbeat failed", job_id=self._lease.job_id, exc_info=error)
         else:
             if status is Status.CANCELLING:
@@ -133,8 +164,10 @@ class Watch:
             case Stop.DRAIN:
                 self._trainer.signal(signal.SIGTERM)
                 self._kill_at = now + self._settings.drain_grace_seconds
+            case Stop.CUT_OFF:  # a checkpoint if there is time: the lease is not over yet
+                self._trainer.signal(signal.SIGTERM)
             case Stop.CANCEL | Stop.MAX_RUNTIME:
                 self._trainer.signal(signal.SIGUSR1)
                 self._kill_at = now + self._settings.cancel_grace_seconds
-            case Stop.LEASE_LOST:
+            case Stop.STALLED | Stop.LEASE_LOST:
                 self._trainer.kill()

@@ -11,10 +11,13 @@ import typer
 from pydantic import ValidationError
 
 from app import __version__
+from app.cli.doctor import doctor
 from app.cli.jobs import jobs
 from app.cli.output import USAGE, fail, print_json
-from app.cli.up import run_api, run_up
+from app.cli.up import explained, run_api, run_up
+from app.cli.workers import worker, workers
 from app.jobs.schemas import RowFormat
+from app.migrate import head, upgrade
 from app.settings import get_settings
 
 cli = typer.Typer(
@@ -23,6 +26,9 @@ cli = typer.Typer(
     help="Fine-tune language models with Flat-LoRA, on your own machine.",
 )
 cli.add_typer(jobs, name="jobs")
+cli.add_typer(workers, name="workers")
+cli.command()(worker)
+cli.command()(doctor)
 
 
 @cli.command()
@@ -41,6 +47,14 @@ def up() -> None:
 def api() -> None:
     """Start the HTTP API alone; jobs wait for a worker on the same database."""
     raise typer.Exit(run_api(get_settings()))
+
+
+@cli.command()
+def migrate() -> None:
+    """Bring the database to the schema of this version; in a cluster, once before an upgrade."""
+    with explained("FLATLORA_DATABASE_URL"):
+        upgrade(get_settings().database)
+    typer.echo(f"the database is at migration {head()}")
 
 
 @cli.command()

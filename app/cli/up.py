@@ -123,8 +123,9 @@ def _run(settings: Settings, children: list[Child]) -> int:
     with explained("FLATLORA_DATA_DIR"):
         make_private(settings.data_dir)
         announce(settings)
-    with explained("FLATLORA_DATABASE_URL"):
-        upgrade(settings.database)
+    if not settings.is_cluster:  # there `flatlora migrate` does it, once and not in each process
+        with explained("FLATLORA_DATABASE_URL"):
+            upgrade(settings.database)
     settings.url_file.write_text(settings.base_url)
     try:
         return _serve(settings, children)
@@ -196,7 +197,8 @@ def announce(settings: Settings) -> None:
     if is_new:
         say(f"API key        {key}   (made now, kept in {settings.key_file})")
     else:
-        say(f"API key        in {settings.key_file}")
+        where = "FLATLORA_API_KEY" if settings.api_key else settings.key_file
+        say(f"API key        in {where}")
 
 
 def _folders(roots: list[Path]) -> str:

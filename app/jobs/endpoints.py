@@ -5,7 +5,7 @@ import re
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Header, Query, Request, Response
+from fastapi import APIRouter, BackgroundTasks, Depends, Header, Query, Request, Response
 from pydantic import (
     AfterValidator,
     AwareDatetime,
@@ -126,13 +126,16 @@ async def create_job(
     jobs: Writing,
     request: Request,
     response: Response,
+    background: BackgroundTasks,
     idempotency_key: IdempotencyKey = None,
 ) -> Job:
-    job, is_replay = await jobs.submit(body, idempotency_key)
+    job, is_replay = await jobs.submit(body, idempotency_key, request_id=request.state.request_id)
     response.headers["Location"] = f"{request.scope.get('root_path', '')}/jobs/{job.id}"
     response.headers["Retry-After"] = RETRY_SECONDS[False]
     if is_replay:
         response.headers["Idempotent-Replayed"] = "true"
+    if wakes := request.state.wakes:
+        background.add_task(wakes.nudge)  # after the commit and the answer
     return job
 
 

@@ -5,7 +5,17 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, case, func, insert, select, tuple_, update
+from sqlalchemy import (
+    ColumnElement,
+    ScalarSelect,
+    Select,
+    case,
+    func,
+    insert,
+    select,
+    tuple_,
+    update,
+)
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import defer
 
@@ -13,10 +23,12 @@ from app.db import now
 from app.ids import is_id
 from app.jobs.events import event
 from app.jobs.states import Status, may_move
+from app.outbox import wake
 from app.tables import EventRow, IdempotencyRow, JobRow, MetricRow
 
 WAITING = [s for s in Status if may_move(s, Status.CANCELLED) and not s.is_held]
 STOPPABLE = [s for s in Status if may_move(s, Status.CANCELLING)]
+POSITIONS_LIMIT = 1000
 CANCEL_MESSAGES = {
     Status.CANCELLED: "The job was cancelled before it ran.",
     Status.CANCELLING: "The trainer was asked to stop.",
@@ -34,13 +46,17 @@ class JobFilter:
 
 
 class JobRepository:
-    def __init__(self, session: AsyncSession) -> None:
+    def __init__(self, session: AsyncSession, *, wakes: bool = False) -> None:
+        """``wakes``: a new job leaves a wake-up in the outbox."""
         self._session = session
+        self._wakes = wakes
 
     async def add(self, **values: Any) -> JobRow:
         statement = insert(JobRow).values(created_at=now(), updated_at=now(), **values)
         job = (await self._session.scalars(statement.returning(JobRow))).one()
         await self._session.execute(event(job.id, "job.queued", "The job was accepted."))
+        if self._wakes:
+            await self._session.execute(wake(job.id))
         return job
 
     async def get(self, job_id: str) -> JobRow | None:
@@ -61,20 +77,20 @@ class JobRepository:
         return rows
 
     async def queue_positions(self, jobs: Sequence[JobRow]) -> dict[str, int]:
-        """How many queued jobs will start before each of these."""
-        waiting = sorted((job.created_at, job.id) for job in jobs if job.status == Status.QUEUED)
-        if not waiting:
-            return {}
-        place, is_queued = tuple_(JobRow.created_at, JobRow.id), JobRow.status == Status.QUEUED
-        before = select(func.count()).where(is_queued, place < waiting[0]).scalar_subquery()
-        since = func.row_number().over(order_by=(JobRow.created_at, JobRow.id))
-        queue = (
-            select(JobRow.id, (before + since - 1).label("earlier"))
-            .where(is_queued, place >= waiting[0], place <= waiting[-1])
-            .subquery()
-        )
-        wanted = select(queue).where(queue.c.id.in_([job_id for _, job_id in waiting]))
-        return {row.id: row.earlier for row in await self._session.execute(wanted)}
+        """How many queued jobs of the same project will start before each of these.
+
+        Counted to ``POSITIONS_LIMIT``, so that a long queue costs a request no more than a short.
+        """
+        lines: dict[tuple[str, int], list[JobRow]] = {}
+        for job in jobs:
+            if job.status == Status.QUEUED:
+                lines.setdefault((job.project, job.priority), []).append(job)
+        found: dict[str, int] = {}
+        for (project, priority), waiting in lines.items():
+            waiting.sort(key=_place)
+            line = _Line(self._session, project, priority)
+            found |= await line.positions(waiting)
+        return found
 
     async def cancel(self, job_id: str) -> None:
         """One statement, so that a job which moves meanwhile is either caught or over."""
@@ -125,6 +141,42 @@ class JobRepository:
             IdempotencyRow(key=key, body_sha256=body_sha256, job_id=job_id, created_at=now())
         )
         await self._session.flush()
+
+
+class _Line:
+    """The queued jobs of one project with one priority, the oldest first."""
+
+    def __init__(self, session: AsyncSession, project: str, priority: int) -> None:
+        self._session = session
+        self._queued = (JobRow.status == Status.QUEUED, JobRow.project == project)
+        self._priority = priority
+
+    async def positions(self, waiting: Sequence[JobRow]) -> dict[str, int]:
+        first, last = waiting[0], waiting[-1]
+        place, same = tuple_(JobRow.created_at, JobRow.id), JobRow.priority == self._priority
+        counts = select(
+            self._counted(JobRow.priority < self._priority)
+            + self._counted(same, place < _place(first))
+        )
+        sooner = await self._session.scalar(counts) or 0
+        later = select(JobRow.id).where(*self._queued, same, place >= _place(first))
+        later = later.where(place <= _place(last)).order_by(JobRow.created_at, JobRow.id)
+        if sooner >= POSITIONS_LIMIT or len(waiting) == 1:
+            between = [job.id for job in waiting]
+        else:
+            between = list(await self._session.scalars(later.limit(POSITIONS_LIMIT - sooner)))
+        places = {job_id: sooner + index for index, job_id in enumerate(between)}
+        return {
+            job.id: min(places.get(job.id, POSITIONS_LIMIT), POSITIONS_LIMIT) for job in waiting
+        }
+
+    def _counted(self, *conditions: ColumnElement[bool]) -> ScalarSelect[int]:
+        some = select(JobRow.id).where(*self._queued, *conditions).limit(POSITIONS_LIMIT)
+        return select(func.count()).select_from(some.subquery()).scalar_subquery()
+
+
+def _place(job: JobRow) -> tuple[datetime, str]:
+    return job.created_at, job.id
 
 
 def _filtered(statement: Select[Any], wanted: JobFilter) -> Select[Any]:

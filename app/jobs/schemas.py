@@ -133,6 +133,10 @@ class EvaluationOptions(Body):
 
 
 class Resources(Body):
+    max_queue_time: Positive | None = Field(
+        None,
+        description="Seconds after which a job that has not started fails with max_queue_time.",
+    )
     max_runtime: Positive | None = Field(
         None, description="Seconds after which a running job is stopped with max_runtime."
     )
@@ -166,6 +170,9 @@ class JobCreate(Body):
     base_model_revision: Annotated[str, Field(pattern=REVISION)] | None = Field(
         None,
         description="Commit, tag or branch of a hub id; resolved to a commit.",
+    )
+    priority: Annotated[int, Field(ge=0, le=9)] = Field(
+        5, description="0 starts before 9. Among the jobs of one project; projects take turns."
     )
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     lora: LoraOptions = LoraOptions()
@@ -225,7 +232,9 @@ class JobSummary(BaseModel):
     labels: dict[str, str]
     status: Status
     phase: Phase | None
-    queue_position: int | None = Field(description="Jobs that will start before this one.")
+    queue_position: int | None = Field(
+        description="Jobs of the same project that will start before this one; counted to 1000."
+    )
     step: int
     total_steps: int | None
     progress: dict[str, Any] | None

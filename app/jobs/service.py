@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.datasets.repository import DatasetRepository
+from app.db import now
 from app.errors import (
     IdempotencyKeyReused,
     IllegalTransition,
@@ -36,6 +37,7 @@ from app.jobs.schemas import (
 from app.jobs.states import Reason, Status
 from app.settings import Settings
 from app.tables import JobRow
+from app.tracing import inject
 from app.uris import (
     UriError,
     check_dataset_scheme,
@@ -48,11 +50,13 @@ from app.uris import (
 class JobService:
     def __init__(self, session: AsyncSession, settings: Settings) -> None:
         self._session = session
-        self._jobs = JobRepository(session)
+        self._jobs = JobRepository(session, wakes=settings.is_cluster)
         self._datasets = DatasetRepository(session)
         self._settings = settings
 
-    async def submit(self, body: JobCreate, key: str | None) -> tuple[Job, bool]:
+    async def submit(
+        self, body: JobCreate, key: str | None, *, request_id: str | None = None
+    ) -> tuple[Job, bool]:
         """Accept a job; with the key of an earlier request, return that one's job.
 
         Returns:
@@ -72,7 +76,7 @@ class JobService:
             )
         try:
             async with self._session.begin_nested():
-                row = await self._jobs.add(**_new_row(spec))
+                row = await self._jobs.add(**_new_row(spec), request_id=request_id)
                 if key:
                     await self._jobs.remember(key, digest, row.id)
         except IntegrityError:
@@ -201,6 +205,9 @@ def _new_row(spec: JobCreate) -> dict[str, Any]:
         "dataset_uri": spec.dataset_uri,
         "spec": spec.model_dump(mode="json"),
         "status": Status.QUEUED,
+        "traceparent": inject(),
+        "priority": spec.priority,
+        "queue_deadline": now(waits) if (waits := spec.resources.max_queue_time) else None,
     }
 
 

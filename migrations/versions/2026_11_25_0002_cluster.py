@@ -32,6 +32,7 @@ def upgrade() -> None:
     ):
         op.add_column("jobs", column)
     op.create_index("ix_jobs_queue", "jobs", ["status", "project", "priority", "created_at", "id"])
+    op.create_index("ix_jobs_project_started_at", "jobs", ["project", "started_at"])
     op.create_table(
         "outbox",
         sa.Column("id", sa.Integer(), autoincrement=True, nullable=False),
@@ -62,6 +63,7 @@ def downgrade() -> None:
     limit_waiting(lock="5s", statement="60s")
     op.drop_table("workers")
     op.drop_table("outbox")
+    op.drop_index("ix_jobs_project_started_at", "jobs")
     op.drop_index("ix_jobs_queue", "jobs")
     with op.batch_alter_table("jobs") as jobs:
         for column in (

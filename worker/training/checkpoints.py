@@ -22,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from app.failpoints import Point, failpoint
 from worker.training.files import sha256_of, sync
 from worker.training.reporter import Reporter
 from worker.training.state import Run, State
@@ -59,9 +60,11 @@ class Checkpoints:
         _write_json(partial / MANIFEST, hashes)
         for path in (*partial.iterdir(), partial):
             sync(path)
+        failpoint(Point.CHECKPOINT_FILES_WRITTEN)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         sync(self._folder)
+        failpoint(Point.CHECKPOINT_RENAMED)
         for old in self._complete()[KEPT:]:
             shutil.rmtree(old)
         self._reporter.event(

@@ -1,0 +1,62 @@
+"""Wake-ups for the workers: written with the job's move into the queue, sent after the commit.
+
+A row of the outbox exists if and only if the move does, so no job waits unheard of: whatever dies
+between the commit and the broker, the next relay sends what is left.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import Engine, Insert, delete, insert, select
+from sqlalchemy.orm import Session
+
+from app.db import now
+from app.failpoints import Point, failpoint
+from app.tables import OutboxRow
+
+if TYPE_CHECKING:
+    from celery import Celery
+
+BATCH = 200
+
+
+def wake(job_id: str, after_seconds: float = 0) -> Insert:
+    """The statement that leaves a wake-up, in the transaction that queues the job."""
+    return insert(OutboxRow).values(job_id=job_id, due_at=now(after_seconds), created_at=now())
+
+
+class Relay:
+    """From the outbox to the broker. Any number may run: each row is taken by one at a time."""
+
+    def __init__(self, engine: Engine, celery: "Celery") -> None:
+        self._engine = engine
+        self._celery = celery
+
+    def send_due(self) -> int:
+        """Send what is due. Raises what the broker raises; the rows stay then."""
+        sent = 0
+        while batch := self._send_batch():
+            sent += batch
+        return sent
+
+    def _send_batch(self) -> int:
+        due = (
+            select(OutboxRow.id, OutboxRow.job_id)
+            .where(OutboxRow.due_at <= now())
+            .order_by(OutboxRow.id)
+            .limit(BATCH)
+            .with_for_update(skip_locked=True)
+        )
+        with Session(self._engine) as session, session.begin():
+            rows = session.execute(due).all()
+            failpoint(Point.RELAY_BEFORE_SEND)
+            for row in rows:
+                send_wake_up(self._celery, row.job_id)
+            failpoint(Point.RELAY_AFTER_SEND)
+            session.execute(delete(OutboxRow).where(OutboxRow.id.in_([row.id for row in rows])))
+        return len(rows)
+
+
+def send_wake_up(celery: "Celery", *about: Any) -> None:
+    from app.broker import QUEUE, WAKE
+
+    celery.send_task(WAKE, args=about, queue=QUEUE)

@@ -1,0 +1,134 @@
+"""The Celery process of a worker: it waits for wake-ups and has one child for each slot.
+
+    python -m worker.celery_worker        (started by worker.main)
+
+A wake-up says that there is something to do; its child takes the jobs whose turn it is until none
+is left. The children import no torch, so they are forked; a child that dies is forked anew and puts
+back what its slot held.
+"""
+
+import mmap
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from types import FrameType
+from typing import Any
+
+import structlog
+from billiard import current_process
+from celery import Celery, signals
+
+from app.broker import QUEUE, WAKE, make_celery
+from app.ids import is_id
+from app.logs import configure_logs
+from app.parent import die_with_parent, follow
+from app.settings import Settings, get_settings
+from worker.devices import slots
+from worker.slot import LOCK_SECONDS, Bench, occupied
+
+log = structlog.get_logger()
+
+RETRY_SECONDS = 2.0
+POLL_SECONDS = 0.2
+
+
+class SharedFlag:
+    """A wish to stop that is seen on both sides of a fork."""
+
+    def __init__(self) -> None:
+        self._byte = mmap.mmap(-1, 1)
+
+    def set(self) -> None:
+        self._byte[0] = 1
+
+    def is_set(self) -> bool:
+        return self._byte[0] == 1
+
+    def wait(self, timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        while not self.is_set() and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, POLL_SECONDS))
+        return self.is_set()
+
+
+class Child:
+    """A pool child: it is in one slot for all its life."""
+
+    def __init__(self, settings: Settings, draining: SharedFlag) -> None:
+        self._settings = settings
+        self._draining = draining
+        self._stack = ExitStack()
+        self._bench: Bench | None = None
+
+    def start(self, **_: Any) -> None:
+        """In the child, right after the fork."""
+        follow()
+        signal.signal(signal.SIGTERM, self._drain)  # a service manager may tell all processes
+        index = current_process().index
+        settings = self._settings
+        device = slots(settings.devices)[index]
+        path = settings.slots_dir / f"{index}.lock"
+        slot = self._stack.enter_context(occupied(path, device, wait_seconds=LOCK_SECONDS))
+        structlog.contextvars.bind_contextvars(slot=slot.name)
+        self._bench = Bench(settings, slot, self._draining)
+        try:
+            self._bench.recover()
+        except Exception as error:  # the first wake-up tries again
+            log.warning("what this slot held is not put back yet", exc_info=error)
+
+    def work(self, *about: Any) -> None:
+        """Run jobs until none waits."""
+        if len(about) > 1 or not all(is_id(job_id, "job") for job_id in about):
+            log.warning(
+                "a wake-up with other arguments than one job id", arguments=str(about)[:200]
+            )
+        assert self._bench is not None
+        while not self._draining.is_set():
+            try:
+                if not self._bench.run_next():
+                    return
+            except Exception:  # one job's trouble, or the database's, is not the others' end
+                log.exception("this turn failed; trying again")
+                self._draining.wait(RETRY_SECONDS)
+
+    def _drain(self, _number: int, _frame: FrameType | None) -> None:
+        self._draining.set()
+
+
+def prepare(settings: Settings, draining: SharedFlag) -> Celery:
+    """The Celery app with its one task."""
+    app = make_celery(settings.broker_url)
+    child = Child(settings, draining)
+    app.conf.worker_proc_alive_timeout = LOCK_SECONDS + 30
+    app.task(name=WAKE, ignore_result=True)(child.work)
+    _connect(signals.worker_process_init, child.start)
+    _connect(signals.worker_shutting_down, lambda **_: draining.set())
+    _connect(signals.setup_logging, lambda **_: None)  # ours stands already
+    return app
+
+
+def _connect(signal_: Any, receiver: Callable[..., Any]) -> None:
+    signal_.connect(receiver, weak=False)
+
+
+def main() -> int:
+    die_with_parent()
+    configure_logs()
+    settings = get_settings()
+    app = prepare(settings, SharedFlag())
+    worker = app.Worker(
+        concurrency=len(slots(settings.devices)),
+        queues=[QUEUE],
+        without_gossip=True,
+        without_mingle=True,
+        without_heartbeat=True,
+        quiet=True,
+    )
+    worker.start()
+    return int(worker.exitcode or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

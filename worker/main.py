@@ -1,0 +1,211 @@
+"""The worker of one machine: it starts Celery, keeps it running, and keeps house meanwhile.
+
+    python -m worker.main          (``flatlora worker``)
+
+Every worker does the housekeeping, so that it is done while one of them lives: wake-ups that wait
+in the outbox, leases that ran out, wake-ups that were lost, rows and files that are to go. SIGTERM
+drains: running jobs write a checkpoint and go back to the queue.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack, suppress
+from types import FrameType
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.broker import make_celery
+from app.db import make_engine
+from app.logs import configure_logs
+from app.outbox import Relay, send_wake_up
+from app.parent import die_with_parent
+from app.periodic import Periodic
+from app.settings import Settings, get_settings
+from app.storage import make_private
+from worker.claims import Claims
+from worker.devices import slots
+from worker.reaper import Reaper
+from worker.registry import Registry
+from worker.slot import Slot, SlotTaken, name_of, occupied
+
+log = structlog.get_logger()
+
+REAP_SECONDS = 10
+TURN_SECONDS = 0.2
+LATE_TURNS = 4  # sweeps in a row without effect after which Celery is started anew
+FORGET_SECONDS = 3600
+FIRST_BACKOFF, LONGEST_BACKOFF, STEADY_SECONDS = 0.5, 30.0, 30.0
+STOP_MARGIN_SECONDS = 15
+
+
+class CeleryProcess:
+    """The process that waits for wake-ups, started again when it dies."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started_at = 0.0
+        self._start_at = 0.0
+        self._backoff = FIRST_BACKOFF
+        self._lock = threading.Lock()
+
+    def tend(self) -> None:
+        with self._lock:
+            if self._process is None:
+                if time.monotonic() >= self._start_at:
+                    self._start()
+            elif (code := self._process.poll()) is not None:
+                log.warning("celery ended; starting it again", code=code)
+                if time.monotonic() - self._started_at > STEADY_SECONDS:
+                    self._backoff = FIRST_BACKOFF
+                self._start_at = time.monotonic() + self._backoff
+                self._backoff = min(2 * self._backoff, LONGEST_BACKOFF)
+                self._process = None
+
+    def _start(self) -> None:
+        self._started_at = time.monotonic()
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "worker.celery_worker"],
+            stdin=subprocess.PIPE,  # never written to: its end tells the child to leave
+            start_new_session=True,
+        )
+
+    def restart(self) -> None:
+        """For one that lives and does nothing. Its jobs are drained first."""
+        with self._lock:
+            if self._process:
+                self._process.terminate()
+
+    def stop(self, seconds: float) -> None:
+        """Let it drain, and end it if that takes too long."""
+        with self._lock:
+            if self._process is None:
+                return
+            self._process.terminate()
+            try:
+                self._process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                log.warning("celery did not drain in time and is killed")
+                self.kill()
+
+    def kill(self) -> None:
+        if self._process:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+class Sweeper:
+    """Wakes this worker's idle slots when jobs wait whose wake-up was lost."""
+
+    def __init__(self, settings: Settings, registry: Registry, celery: CeleryProcess) -> None:
+        self._broker = make_celery(settings.broker_url)
+        self._patience = settings.sweep_seconds
+        self._registry = registry
+        self._celery = celery
+        self._in_vain = 0
+
+    def sweep(self) -> None:
+        idle = self._registry.idle_slots()
+        late = self._registry.waiting_jobs(idle, for_seconds=self._patience) if idle else 0
+        if not late:
+            self._in_vain = 0
+            return
+        for _ in range(late):
+            send_wake_up(self._broker)
+        self._in_vain += 1
+        log.info("woke idle slots for jobs that wait", jobs=late)
+        if self._in_vain > LATE_TURNS:
+            # A consumer that has silently stopped to consume (celery#8030, #9054, #10205).
+            log.error("wake-ups are sent and nobody takes them; starting celery again")
+            self._celery.restart()
+            self._in_vain = 0
+
+
+class Worker:
+    def __init__(self, settings: Settings, name: str) -> None:
+        self._settings = settings
+        devices = slots(settings.devices)
+        paths = [settings.slots_dir / f"{index}.lock" for index in range(len(devices))]
+        self._slots = [
+            Slot(name_of(path), device) for path, device in zip(paths, devices, strict=True)
+        ]
+        engine = make_engine(settings.database)
+        self._registry = Registry(engine, name, self._slots)
+        self._celery = CeleryProcess()
+        claims = Claims(
+            engine,
+            worker=name,
+            lease_seconds=settings.lease_seconds,
+            max_attempts=settings.max_attempts,
+            retry_seconds=settings.retry_seconds,
+            wakes=True,
+        )
+        reap_seconds = min(REAP_SECONDS, settings.lease_seconds / 6)
+        reaper = Reaper(claims, every_seconds=reap_seconds, lease_seconds=settings.lease_seconds)
+        relay = Relay(engine, make_celery(settings.broker_url))
+        sweeper = Sweeper(settings, self._registry, self._celery)
+        self._beat = Periodic("registry", settings.heartbeat_seconds / 2, self._registry.beat)
+        self._duties = [
+            Periodic("relay", settings.relay_seconds, relay.send_due),
+            Periodic("reaper", reap_seconds, reaper.reap),
+            Periodic("sweeper", settings.sweep_seconds, sweeper.sweep),
+            Periodic("lost workers", FORGET_SECONDS, self._forget_lost),
+        ]
+
+    def run(self, draining: threading.Event) -> None:
+        log.info("worker ready", slots=[slot.name for slot in self._slots])
+        alive = self._settings.alive_file
+        with ExitStack() as stack:
+            stack.enter_context(self._beat)
+            with ExitStack() as duties:
+                for duty in self._duties:
+                    duties.enter_context(duty)
+                while not draining.wait(TURN_SECONDS):
+                    self._celery.tend()
+                    alive.touch()
+                self._registry.is_draining = True
+                self._beat.nudge()
+                self._celery.stop(self._settings.drain_grace_seconds + STOP_MARGIN_SECONDS)
+        with suppress(SQLAlchemyError):
+            self._registry.leave()
+        alive.unlink(missing_ok=True)
+        log.info("worker drained")
+
+    def kill(self) -> None:
+        self._celery.kill()
+
+    def _forget_lost(self) -> None:
+        self._registry.forget_lost(24 * FORGET_SECONDS)
+
+
+def main() -> int:
+    die_with_parent()
+    configure_logs()
+    settings = get_settings()
+    draining = threading.Event()
+    make_private(settings.data_dir)
+    try:
+        with occupied(settings.data_dir / "worker.lock", None) as self_:
+            worker = Worker(settings, self_.name)
+
+            def drain(_number: int, _frame: FrameType | None) -> None:
+                if draining.is_set():  # asked twice: do not wait for checkpoints
+                    worker.kill()
+                draining.set()
+
+            signal.signal(signal.SIGTERM, drain)
+            signal.signal(signal.SIGINT, drain)
+            worker.run(draining)
+    except SlotTaken as error:
+        log.error(str(error))
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
