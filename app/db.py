@@ -3,11 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from datetime import datetime
 from typing import Annotated, Any
 
 import structlog
 from fastapi import Depends, Request
-from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy import Connection, Double, Engine, create_engine, event, literal, make_url
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import (
@@ -18,7 +19,7 @@ from sqlalchemy.ext.asyncio import (
 )
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.sql.compiler import SQLCompiler
-from sqlalchemy.sql.expression import ColumnElement
+from sqlalchemy.sql.functions import FunctionElement
 
 from app.errors import DatabaseUnavailable
 from app.failpoints import Point, failpoint
@@ -47,25 +48,28 @@ OUTAGES = (OperationalError, InterfaceError, PoolTimeout)
 """What a database raises that may answer again later."""
 
 
-class now(ColumnElement[Any]):  # noqa: N801 - reads as the SQL function that it is
+class now(FunctionElement[datetime]):  # noqa: N801 - reads as the SQL function that it is
     """The database's clock, shifted by some seconds. Leases never trust a worker's clock."""
 
-    inherit_cache = False
+    inherit_cache = True  # the shift is a parameter, so statements are compiled once
     type = UtcDateTime()
 
     def __init__(self, plus_seconds: float = 0) -> None:
-        self.plus_seconds = float(plus_seconds)
+        super().__init__(*([literal(float(plus_seconds), Double)] if plus_seconds else []))
 
 
 @compiles(now, "sqlite")
-def _sqlite_now(element: now, _compiler: SQLCompiler, **_: Any) -> str:
+def _sqlite_now(element: now, compiler: SQLCompiler, **options: Any) -> str:
     # Three digits from SQLite, three zeros: the text form in which SQLAlchemy keeps a time.
-    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now', '{element.plus_seconds:+f} seconds')"
+    shift = compiler.process(element.clauses, **options)
+    shift = f", printf('%+f seconds', {shift})" if shift else ""
+    return f"strftime('%Y-%m-%d %H:%M:%f000', 'now'{shift})"
 
 
 @compiles(now, "postgresql")
-def _postgres_now(element: now, _compiler: SQLCompiler, **_: Any) -> str:
-    return f"(clock_timestamp() + make_interval(secs => {element.plus_seconds:f}))"
+def _postgres_now(element: now, compiler: SQLCompiler, **options: Any) -> str:
+    shift = compiler.process(element.clauses, **options)
+    return f"(clock_timestamp() + make_interval(secs => {shift}))" if shift else "clock_timestamp()"
 
 
 def make_engine(url: str) -> Engine:

@@ -14,6 +14,7 @@ from typing import Any
 
 from sqlalchemy import CursorResult, Engine, func, null, select, update
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from app.db import now
 from app.failpoints import Point, failpoint
@@ -75,6 +76,7 @@ class Claims:
         self._max_attempts = max_attempts
         self._retry_seconds = retry_seconds
         self._wakes = wakes
+        self._take_best = self._taking()
         self.dialect = engine.dialect.name
 
     def claim_next(self) -> Lease | None:
@@ -88,8 +90,8 @@ class Claims:
             time.sleep(random.uniform(0, 0.02))  # noqa: S311 - others are taking the last ones
         return None
 
-    def _take(self) -> Lease | None:
-        take = (
+    def _taking(self) -> ReturningUpdate[Any]:
+        return (
             update(JobRow)
             .where(JobRow.id == best(), JobRow.status == Status.QUEUED)
             .values(
@@ -105,8 +107,10 @@ class Claims:
             )
             .returning(*LEASE)
         )
+
+    def _take(self) -> Lease | None:
         with self._committing(Point.CLAIM_BEFORE_COMMIT, Point.CLAIM_AFTER_COMMIT) as session:
-            row = session.execute(take).one_or_none()
+            row = session.execute(self._take_best).one_or_none()
             if row is None:
                 return None
             lease = Lease(*row)

@@ -3,6 +3,7 @@
 The statement finds one job among many thousands by a few index look-ups per waiting project.
 """
 
+from functools import cache
 from typing import Any
 
 from sqlalchemy import ColumnElement, ScalarSelect, func, or_, select
@@ -23,6 +24,7 @@ def is_ready(job: Job = JobRow) -> tuple[ColumnElement[bool], ...]:
     return (job.status == Status.QUEUED, available)
 
 
+@cache  # to build it takes many times as long as to run it
 def best() -> ScalarSelect[str]:
     """The next job: of the project with the fewest running ones, then the least recently served.
 

@@ -4,7 +4,7 @@ import asyncio
 import base64
 import hashlib
 import json
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import UTC, datetime
 from typing import Any
 
@@ -75,7 +75,7 @@ class JobService:
                 faults=faults,
             )
         try:
-            async with self._session.begin_nested():
+            async with self._session.begin_nested() if key else nullcontext():
                 row = await self._jobs.add(**_new_row(spec), request_id=request_id)
                 if key:
                     await self._jobs.remember(key, digest, row.id)
