@@ -28,10 +28,10 @@ def make_celery(broker_url: str) -> Celery:
         task_default_queue=QUEUE,  # the only one
         broker_transport_options={
             "visibility_timeout": 3600,
-            "socket_timeout": 10,
-            "socket_connect_timeout": 5,
+            "socket_timeout": 5,
+            "socket_connect_timeout": 3,
             "socket_keepalive": True,
-            "health_check_interval": 10,
+            "health_check_interval": 5,
         },
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,

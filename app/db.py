@@ -28,14 +28,13 @@ from app.tables import UtcDateTime
 log = structlog.get_logger()
 
 SQLITE_BUSY_SECONDS = 30
-REQUEST_SECONDS = (
-    30  # of one request's transaction: a stalled database holds no connection for ever
-)
+REQUEST_SECONDS = 30  # of one request's transaction: a stalled database holds none for ever
+ANSWER_SECONDS = 10  # to one statement of a request
+HOUSEKEEPING_SECONDS = 300  # the same, of what nobody waits for
 
 # A connection whose other end has gone says so within half a minute, also if it is only waiting.
 POSTGRES = {
     "application_name": "flatlora",
-    "connect_timeout": 5,
     "keepalives": 1,
     "keepalives_idle": 10,
     "keepalives_interval": 5,
@@ -72,10 +71,15 @@ def _postgres_now(element: now, compiler: SQLCompiler, **options: Any) -> str:
     return f"(clock_timestamp() + make_interval(secs => {shift}))" if shift else "clock_timestamp()"
 
 
-def make_engine(url: str) -> Engine:
-    """A blocking engine, for the worker and the command line."""
+def make_engine(url: str, *, answer_seconds: float = HOUSEKEEPING_SECONDS) -> Engine:
+    """A blocking engine, for the worker and the command line.
+
+    ``answer_seconds``: a Postgres that says nothing for so long is an outage.
+    """
     if make_url(url).get_backend_name() == "postgresql":
-        return create_engine(url, connect_args=POSTGRES, **POOL)
+        engine = create_engine(url, connect_args=POSTGRES, **POOL)
+        _be_impatient(engine, answer_seconds)
+        return engine
     engine = create_engine(url)
     _prepare_sqlite(engine)
     return engine
@@ -85,10 +89,18 @@ def make_async_engine(url: str) -> AsyncEngine:
     """The API's engine for the same database."""
     parsed = make_url(url)
     if parsed.get_backend_name() == "postgresql":
-        return create_async_engine(parsed, connect_args=POSTGRES, **POOL)
+        engine = create_async_engine(parsed, connect_args=POSTGRES, **POOL)
+        _be_impatient(engine.sync_engine, ANSWER_SECONDS)
+        return engine
     engine = create_async_engine(parsed.set(drivername="sqlite+aiosqlite"))
     _prepare_sqlite(engine.sync_engine)
     return engine
+
+
+def _be_impatient(engine: Engine, answer_seconds: float) -> None:
+    from app.postgres import be_impatient  # an embedded service has no psycopg
+
+    be_impatient(engine, answer_seconds)
 
 
 def _prepare_sqlite(engine: Engine) -> None:

@@ -19,7 +19,8 @@
     ├── InvalidRequest               422  invalid_request, or the code of its only fault
     │   └── IdempotencyKeyReused          idempotency_key_reused
     └── NotReady                     503  not_ready
-        └── DatabaseUnavailable           database_unavailable
+        ├── DatabaseUnavailable           database_unavailable
+        └── StoreUnavailable              store_unavailable
 
 What a request's shape has wrong is told by app/faults.py.
 """
@@ -29,6 +30,7 @@ from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any, ClassVar
 
+import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -37,6 +39,9 @@ from starlette.exceptions import HTTPException
 from starlette.types import Scope
 
 from app.faults import Fault, explain, field_pointers, is_wrong_media_type
+from app.objects import Outage
+
+log = structlog.get_logger()
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -223,6 +228,17 @@ class DatabaseUnavailable(NotReady):
         )
 
 
+class StoreUnavailable(NotReady):
+    code = "store_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The artifact store does not answer.",
+            "Send the request again. If that does not help, the service's log says what is wrong "
+            "with FLATLORA_STORE_URL.",
+        )
+
+
 Responses = dict[int | str, dict[str, Any]]
 
 
@@ -244,11 +260,17 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_exception)
+    app.add_exception_handler(Outage, _outage)
 
 
 async def _service_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServiceError)
     return respond(request.scope, error)
+
+
+async def _outage(request: Request, error: Exception) -> JSONResponse:
+    log.warning("the store does not answer", error=str(error))
+    return respond(request.scope, StoreUnavailable())
 
 
 async def _validation_error(request: Request, error: Exception) -> JSONResponse:

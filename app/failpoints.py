@@ -17,7 +17,7 @@ VARIABLE = "FLATLORA_FAILPOINTS"
 
 
 class Point(StrEnum):
-    """Every one is provoked by a test: tests/system/test_failpoints.py."""
+    """Every one is provoked by a test: tests/faults/test_failpoints.py."""
 
     REQUEST_BEFORE_COMMIT = "request.before_commit"
     REQUEST_AFTER_COMMIT = "request.after_commit"

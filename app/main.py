@@ -1,8 +1,8 @@
 """The application: what it holds, who answers, and how errors look."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypedDict
 
 from fastapi import Depends, FastAPI
@@ -13,7 +13,7 @@ from app.auth import ensure_key, require_key
 from app.broker_health import BrokerHealth
 from app.datasets import endpoints as datasets
 from app.datasets.uploads import forget_broken
-from app.db import Database, make_engine
+from app.db import ANSWER_SECONDS, Database, make_engine
 from app.errors import install_error_handlers
 from app.jobs import endpoints as jobs
 from app.logs import configure_logs
@@ -22,7 +22,7 @@ from app.models import endpoints as models
 from app.openapi import describe
 from app.periodic import Periodic
 from app.settings import Settings, get_settings
-from app.storage import ArtifactStore
+from app.storage import ArtifactStore, open_store
 from app.tracing import configure_tracing, flush, telemetry
 from app.workers import endpoints as workers
 
@@ -44,15 +44,22 @@ class State(TypedDict):
     metrics: metrics.Metrics
 
 
-def relay(settings: Settings) -> AbstractContextManager[Periodic | None]:
+@contextmanager
+def relay(settings: Settings) -> Iterator[Periodic | None]:
     """What is left in the outbox goes to the broker, beside the requests."""
     if not settings.is_cluster:
-        return nullcontext()
+        yield None
+        return
     from app.broker import make_celery  # a laptop's service starts without Celery
     from app.outbox import Relay
 
-    sender = Relay(make_engine(settings.database), make_celery(settings.broker_url))
-    return Periodic("relay", settings.relay_seconds, sender.send_due)
+    engine = make_engine(settings.database, answer_seconds=ANSWER_SECONDS)
+    sender = Relay(engine, make_celery(settings.broker_url))
+    try:
+        with Periodic("relay", settings.relay_seconds, sender.send_due) as wakes:
+            yield wakes
+    finally:
+        engine.dispose()
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -65,7 +72,7 @@ def create_app(settings: Settings) -> FastAPI:
         numbers.read_from(database)
         relaying = relay(settings)
         key = ensure_key(settings)[0] if settings.auth == "key" else None
-        store = ArtifactStore.local(settings.artifacts_dir)
+        store = open_store(settings)
         forget_broken(settings.uploads_dir)
         try:
             with relaying as wakes:

@@ -11,6 +11,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import CrossSite, HostNotAllowed, ServiceError, respond, too_large
+from app.metrics import Metrics
+from app.tracing import trace_id
 
 log = structlog.get_logger()
 
@@ -18,7 +20,8 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 PORT = re.compile(r":\d*$")
 READING = {"GET", "HEAD", "OPTIONS"}
 UPLOADS = "/datasets"
-PROBES = {"/healthz", "/readyz"}
+PROBES = {"/healthz", "/readyz", "/metrics"}
+UNMATCHED = "unmatched"  # of paths that no route knows: who scans for them makes no new series
 INTERNAL = ServiceError(
     "The service met an error of its own.", "Its log has the details under this request_id."
 )
@@ -31,8 +34,9 @@ class RequestLog:
     may hold anything.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -48,9 +52,11 @@ class RequestLog:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                self._count(scope, status, time.perf_counter() - started)
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        ids = {"request_id": request_id} | ({"trace_id": trace} if (trace := trace_id()) else {})
+        with structlog.contextvars.bound_contextvars(**ids):
             try:
                 await self._app(scope, receive, send_with_id)
             except Exception:
@@ -60,6 +66,11 @@ class RequestLog:
                 await respond(scope, INTERNAL)(scope, receive, send_with_id)
             finally:
                 _log_request(scope, status, time.perf_counter() - started)
+
+    def _count(self, scope: Scope, status: int, seconds: float) -> None:
+        """By the route's template: a path has ids in it."""
+        route = getattr(scope.get("route"), "path", UNMATCHED)
+        self._metrics.request_answered(scope["method"], route, status, seconds)
 
 
 def _log_request(scope: Scope, status: int, seconds: float) -> None:

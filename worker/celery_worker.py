@@ -25,6 +25,7 @@ from app.ids import is_id
 from app.logs import configure_logs
 from app.parent import die_with_parent, follow
 from app.settings import Settings, get_settings
+from app.tracing import configure_tracing
 from worker.devices import slots
 from worker.slot import LOCK_SECONDS, Bench, occupied
 
@@ -65,6 +66,7 @@ class Child:
     def start(self, **_: Any) -> None:
         """In the child, right after the fork."""
         follow()
+        configure_tracing("flatlora-worker")  # not before the fork: it has a thread
         signal.signal(signal.SIGTERM, self._drain)  # a service manager may tell all processes
         index = current_process().index
         settings = self._settings

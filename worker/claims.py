@@ -7,12 +7,12 @@ job is still held; it changes nothing, and raises ``LeaseLost``, once another at
 import random
 import time
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import CursorResult, Engine, func, null, select, update
+from sqlalchemy import CursorResult, Engine, ScalarSelect, func, null, select, update
 from sqlalchemy.orm import Session
 from sqlalchemy.sql.dml import ReturningUpdate
 
@@ -22,7 +22,7 @@ from app.jobs.events import event
 from app.jobs.states import Phase, Reason, Status, may_move
 from app.outbox import wake
 from app.tables import JobRow
-from worker.queue import HELD, best, is_ready
+from worker.queue import HELD, best, is_ready, unlocked
 
 RECOVERIES_LIMIT = 10  # times that a job may be held by a service that is killed
 CLAIM_TRIES = 20
@@ -47,6 +47,8 @@ class Lease:
     """The newest one in the store."""
     request_id: str | None
     traceparent: str | None
+    asked_at: float = field(default_factory=time.monotonic)
+    """By the clock of this machine, before the claim: the lease has not begun earlier."""
 
 
 LEASE = (
@@ -76,7 +78,8 @@ class Claims:
         self._max_attempts = max_attempts
         self._retry_seconds = retry_seconds
         self._wakes = wakes
-        self._take_best = self._taking()
+        self._take_best = self._taking(best())
+        self._take_unlocked = self._taking(unlocked())
         self.dialect = engine.dialect.name
 
     def claim_next(self) -> Lease | None:
@@ -85,15 +88,16 @@ class Claims:
             with Session(self._reading) as session:
                 if session.scalar(select(JobRow.id).where(*is_ready()).limit(1)) is None:
                     return None
-            if lease := self._take():
+            if lease := self._take(self._take_best):
                 return lease
             time.sleep(random.uniform(0, 0.02))  # noqa: S311 - others are taking the last ones
-        return None
+        # The best one stays locked, perhaps by a machine that is gone: it must not hold up others.
+        return self._take(self._take_unlocked)
 
-    def _taking(self) -> ReturningUpdate[Any]:
+    def _taking(self, choice: ScalarSelect[str]) -> ReturningUpdate[Any]:
         return (
             update(JobRow)
-            .where(JobRow.id == best(), JobRow.status == Status.QUEUED)
+            .where(JobRow.id == choice, JobRow.status == Status.QUEUED)
             .values(
                 status=Status.RUNNING,
                 phase=Phase.FETCHING,
@@ -108,12 +112,13 @@ class Claims:
             .returning(*LEASE)
         )
 
-    def _take(self) -> Lease | None:
+    def _take(self, take: ReturningUpdate[Any]) -> Lease | None:
+        asked_at = time.monotonic()
         with self._committing(Point.CLAIM_BEFORE_COMMIT, Point.CLAIM_AFTER_COMMIT) as session:
-            row = session.execute(self._take_best).one_or_none()
+            row = session.execute(take).one_or_none()
             if row is None:
                 return None
-            lease = Lease(*row)
+            lease = replace(Lease(*row), asked_at=asked_at)
             session.execute(
                 event(
                     lease.job_id,
@@ -218,9 +223,12 @@ class Claims:
                     JobRow.worker == self._worker, JobRow.status.in_(HELD)
                 )
             ).all()
+        recovered = 0
         for *values, recoveries in held:
-            self._recover(Lease(*values), recoveries + 1)
-        return len(held)
+            with suppress(LeaseLost):  # the reaper was faster
+                self._recover(Lease(*values), recoveries + 1)
+                recovered += 1
+        return recovered
 
     def _recover(self, lease: Lease, recoveries: int) -> None:
         if recoveries > RECOVERIES_LIMIT:
@@ -239,11 +247,13 @@ class Claims:
 
     def reap(self) -> int:
         """Put back every job whose lease has run out."""
+        is_expired = (JobRow.status.in_(HELD), JobRow.lease_until < now())
+        with Session(self._reading) as session:
+            if session.scalar(select(JobRow.id).where(*is_expired).limit(1)) is None:
+                return 0  # mostly, and then nothing is locked or written
         with self._requeueing() as session:
             expired = session.execute(
-                select(*LEASE)
-                .where(JobRow.status.in_(HELD), JobRow.lease_until < now())
-                .with_for_update(skip_locked=True)
+                select(*LEASE).where(*is_expired).with_for_update(skip_locked=True)
             ).all()
             for row in expired:
                 self._lose(

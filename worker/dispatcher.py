@@ -15,9 +15,15 @@ from types import FrameType
 
 import structlog
 
+from app.db import make_engine
 from app.logs import configure_logs
 from app.parent import die_with_parent
+from app.periodic import Periodic
+from app.retention import Retention
 from app.settings import Settings, get_settings
+from app.storage import open_store
+from app.tracing import configure_tracing
+from worker.metrics import prepare_metrics, serving_metrics
 from worker.reaper import Reaper
 from worker.slot import Bench, Slot, SlotTaken, occupied
 
@@ -70,7 +76,12 @@ def main() -> int:
     signal.signal(signal.SIGINT, drain)
     try:
         with occupied(settings.data_dir / "dispatcher.lock", None) as slot:
-            Dispatcher(settings, slot, draining).run()
+            prepare_metrics(settings)
+            configure_tracing("flatlora-worker")
+            cleaner = Retention(make_engine(settings.database), open_store(settings), settings)
+            cleaning = Periodic("cleaner", settings.cleaning_seconds, cleaner.clean)
+            with serving_metrics(settings), cleaning:
+                Dispatcher(settings, slot, draining).run()
     except SlotTaken as error:
         log.error(str(error))
         return 2

@@ -77,9 +77,17 @@ class Handover:
         """Wait until the newest one is in the store: the job is about to go elsewhere."""
         self.take(newest_step(self._folder))
         with self._changed:
-            self._changed.wait_for(lambda: self._done >= self._step, seconds)
+            self._changed.wait_for(lambda: self._is_over or self._done >= self._step, seconds)
 
     def _run(self) -> None:
+        try:
+            self._hand_over()
+        finally:  # whoever waits for it waits no longer
+            with self._changed:
+                self._is_over = True
+                self._changed.notify_all()
+
+    def _hand_over(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._is_over or self._step > self._done)

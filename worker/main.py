@@ -25,10 +25,12 @@ from app.logs import configure_logs
 from app.outbox import Relay, send_wake_up
 from app.parent import die_with_parent
 from app.periodic import Periodic
+from app.retention import Retention
 from app.settings import Settings, get_settings
-from app.storage import make_private
+from app.storage import make_private, open_store
 from worker.claims import Claims
 from worker.devices import slots
+from worker.metrics import prepare_metrics, serving_metrics
 from worker.reaper import Reaper
 from worker.registry import Registry
 from worker.slot import Slot, SlotTaken, name_of, occupied
@@ -50,11 +52,21 @@ class CeleryProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
         self._start_at = 0.0
+        self._kill_at = float("inf")
         self._backoff = FIRST_BACKOFF
         self._lock = threading.Lock()
 
+    @property
+    def is_steady(self) -> bool:
+        """It has been there for so long that it ought to work by now."""
+        return self._process is not None and time.monotonic() > self._started_at + STEADY_SECONDS
+
     def tend(self) -> None:
         with self._lock:
+            if time.monotonic() > self._kill_at:
+                log.warning("celery did not end when it was told to and is killed")
+                self._kill_at = float("inf")
+                self.kill()
             if self._process is None:
                 if time.monotonic() >= self._start_at:
                     self._start()
@@ -68,17 +80,19 @@ class CeleryProcess:
 
     def _start(self) -> None:
         self._started_at = time.monotonic()
+        self._kill_at = float("inf")
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "worker.celery_worker"],
             stdin=subprocess.PIPE,  # never written to: its end tells the child to leave
             start_new_session=True,
         )
 
-    def restart(self) -> None:
-        """For one that lives and does nothing. Its jobs are drained first."""
+    def restart(self, seconds: float) -> None:
+        """For one that lives and does nothing. Its jobs are drained first, if it still can."""
         with self._lock:
             if self._process:
                 self._process.terminate()
+                self._kill_at = time.monotonic() + seconds
 
     def stop(self, seconds: float) -> None:
         """Let it drain, and end it if that takes too long."""
@@ -105,6 +119,7 @@ class Sweeper:
     def __init__(self, settings: Settings, registry: Registry, celery: CeleryProcess) -> None:
         self._broker = make_celery(settings.broker_url)
         self._patience = settings.sweep_seconds
+        self._stop_seconds = settings.drain_grace_seconds + STOP_MARGIN_SECONDS
         self._registry = registry
         self._celery = celery
         self._in_vain = 0
@@ -119,10 +134,10 @@ class Sweeper:
             send_wake_up(self._broker)
         self._in_vain += 1
         log.info("woke idle slots for jobs that wait", jobs=late)
-        if self._in_vain > LATE_TURNS:
+        if self._in_vain > LATE_TURNS and self._celery.is_steady:
             # A consumer that has silently stopped to consume (celery#8030, #9054, #10205).
             log.error("wake-ups are sent and nobody takes them; starting celery again")
-            self._celery.restart()
+            self._celery.restart(self._stop_seconds)
             self._in_vain = 0
 
 
@@ -134,7 +149,7 @@ class Worker:
         self._slots = [
             Slot(name_of(path), device) for path, device in zip(paths, devices, strict=True)
         ]
-        engine = make_engine(settings.database)
+        engine = make_engine(settings.database, answer_seconds=settings.answer_seconds)
         self._registry = Registry(engine, name, self._slots)
         self._celery = CeleryProcess()
         claims = Claims(
@@ -148,6 +163,7 @@ class Worker:
         reap_seconds = min(REAP_SECONDS, settings.lease_seconds / 6)
         reaper = Reaper(claims, every_seconds=reap_seconds, lease_seconds=settings.lease_seconds)
         relay = Relay(engine, make_celery(settings.broker_url))
+        cleaner = Retention(make_engine(settings.database), open_store(settings), settings)
         sweeper = Sweeper(settings, self._registry, self._celery)
         self._beat = Periodic("registry", settings.heartbeat_seconds / 2, self._registry.beat)
         self._duties = [
@@ -155,6 +171,7 @@ class Worker:
             Periodic("reaper", reap_seconds, reaper.reap),
             Periodic("sweeper", settings.sweep_seconds, sweeper.sweep),
             Periodic("lost workers", FORGET_SECONDS, self._forget_lost),
+            Periodic("cleaner", settings.cleaning_seconds, cleaner.clean),
         ]
 
     def run(self, draining: threading.Event) -> None:
@@ -200,7 +217,9 @@ def main() -> int:
 
             signal.signal(signal.SIGTERM, drain)
             signal.signal(signal.SIGINT, drain)
-            worker.run(draining)
+            prepare_metrics(settings)
+            with serving_metrics(settings):
+                worker.run(draining)
     except SlotTaken as error:
         log.error(str(error))
         return 2

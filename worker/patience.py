@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import structlog
-from obstore.exceptions import BaseError
 
 from app.db import OUTAGES
+from app.storage import Outage
 from worker.watch import Draining
 
 log = structlog.get_logger()
@@ -33,7 +33,7 @@ def until_stored(store: Callable[[], Value], draining: Draining) -> Value:
     """Call until the store has answered, for a quarter of an hour."""
     return _insist(
         store,
-        (BaseError, ConnectionError, TimeoutError),
+        (Outage,),
         lambda waited: waited > (LAST_TRIES_SECONDS if draining.is_set() else STORE_SECONDS),
     )
 

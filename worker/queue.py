@@ -41,6 +41,20 @@ def best() -> ScalarSelect[str]:
     )
 
 
+@cache
+def unlocked() -> ScalarSelect[str]:
+    """Any job that nobody is taking, for when the one whose turn it is stays locked."""
+    job = aliased(JobRow)
+    return (
+        select(job.id)
+        .where(*is_ready(job))
+        .order_by(job.project, *_order(job))
+        .limit(1)
+        .with_for_update(skip_locked=True)
+        .scalar_subquery()
+    )
+
+
 def _project() -> ScalarSelect[str]:
     """The project whose turn it is."""
     waiting = _waiting_projects()

@@ -5,6 +5,7 @@ import time
 import structlog
 
 from worker.claims import Claims
+from worker.metrics import lease_expired
 
 log = structlog.get_logger()
 
@@ -34,6 +35,7 @@ class Reaper:
         if started < self._patient_until:
             return expired
         reaped = self._claims.reap()
+        lease_expired(reaped)
         if reaped:
             log.warning("leases ran out", jobs=reaped)
         return reaped + expired

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
@@ -15,9 +16,10 @@ import structlog
 from app.db import OUTAGES, make_engine
 from app.settings import Settings
 from app.storage import make_private, open_store
-from worker.claims import Claims
+from worker.claims import Claims, Lease
 from worker.fetch import Fetcher
-from worker.supervisor import Supervisor
+from worker.metrics import attempt_began, attempts_killed
+from worker.supervisor import Supervisor, traced
 from worker.watch import Draining
 
 log = structlog.get_logger()
@@ -88,7 +90,7 @@ class Bench:
     """
 
     def __init__(self, settings: Settings, slot: Slot, draining: Draining) -> None:
-        self._engine = make_engine(settings.database)
+        self._engine = make_engine(settings.database, answer_seconds=settings.answer_seconds)
         store = open_store(settings)
         self.claims = Claims(
             self._engine,
@@ -106,6 +108,7 @@ class Bench:
     def recover(self) -> None:
         """Put back what a process that is gone has held in this slot."""
         recovered = self.claims.recover()
+        attempts_killed(recovered)
         self._has_recovered = True
         self._supervisor.sweep()
         log.info("slot ready", recovered=recovered)
@@ -114,6 +117,7 @@ class Bench:
         """Run the job whose turn it is, if one waits. Raises what the database raises."""
         if not self._has_recovered:
             self.recover()
+        looked_at = time.time_ns()
         try:
             lease = self.claims.claim_next()
         except OUTAGES:
@@ -121,9 +125,18 @@ class Bench:
             raise
         if lease is None:
             return False
+        with traced("job.claim", lease, started_at=looked_at):
+            attempt_began(_waited(lease))
         try:
             self._supervisor.run(lease)
         except OUTAGES:
             self._has_recovered = False
             raise
         return True
+
+
+def _waited(lease: Lease) -> float | None:
+    """Seconds in the queue, if this is the job's first claim; good enough by our own clock."""
+    if lease.fence > 1:
+        return None
+    return (datetime.now(UTC) - lease.created_at).total_seconds()

@@ -2,20 +2,22 @@
 
 import shutil
 import signal
+import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import structlog
-from obstore.exceptions import BaseError
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.jobs.states import Phase, Reason
 from app.logs import job_context
 from app.settings import Settings
-from app.storage import ArtifactStore, Damaged
+from app.storage import ArtifactStore, Damaged, Outage
+from app.tracing import flush, span
+from worker import metrics
 from worker.claims import Claims, Lease, LeaseLost
 from worker.devices import CPU
 from worker.fetch import Fetcher
@@ -36,6 +38,15 @@ log = structlog.get_logger()
 UNFORESEEN = JobError("The worker met an error of its own.", "See the worker's log.")
 
 
+INTERRUPTED: dict[Stop | None, str] = {
+    Stop.DRAIN: "drained",
+    Stop.CUT_OFF: "cut_off",
+    Stop.CANCEL: "cancelled",
+    Stop.MAX_RUNTIME: Reason.MAX_RUNTIME,
+}
+"""How such an attempt is counted."""
+
+
 class Interrupted(Exception):
     """Somebody wanted the job to stop, and the trainer has stopped."""
 
@@ -46,6 +57,12 @@ class TrainerDied(Exception):
     def __init__(self, how: str, reason: Reason = Reason.WORKER_LOST) -> None:
         super().__init__(f"The trainer {how}.")
         self.reason = reason
+
+
+def traced(name: str, lease: Lease, started_at: int | None = None) -> AbstractContextManager[None]:
+    """A span in the trace of the request that has submitted the job."""
+    ids: dict[str, Any] = {"job_id": lease.job_id, "attempt": lease.attempt}
+    return span(name, lease.traceparent, started_at=started_at, **ids)
 
 
 def _how(code: int) -> str:
@@ -87,27 +104,35 @@ class Supervisor:
             request_id=lease.request_id,
         ):
             log.info("job claimed")
+            outcome, began = "cut_off", time.monotonic()
             try:
-                self._attempt(lease)
+                outcome = self._attempt(lease)
+                log.info("attempt ended", outcome=outcome)
             except LeaseLost:
+                outcome = "lease_lost"
                 log.warning("lease lost: somebody else holds the job now")
-            else:
-                log.info("attempt ended")
+            finally:
+                metrics.attempt_ended(outcome, time.monotonic() - began)
+                metrics.gpu_memory(self._device, 0)
+                flush()
         self.sweep()
 
-    def _attempt(self, lease: Lease) -> None:
-        """Work under the lease and write how that ended."""
+    def _attempt(self, lease: Lease) -> str:
+        """Work under the lease and write how that ended: one of ``metrics.OUTCOMES``."""
         progress = Progress(self._claims, lease)
         with Watch(self._settings, self._claims, lease, progress, self._draining) as watch:
             try:
                 result, adapter = self._work(lease, progress, watch)
             except Interrupted:
                 self._write(progress.flush)
-                self._yield_to(watch.stop, lease)
+                stop = watch.stop  # read once: after this the watch finds the job given back
+                self._yield_to(stop, lease)
+                outcome = INTERRUPTED[stop]
             except TrainerDied as error:
                 death = error
                 self._write(progress.flush)
                 self._write(lambda: self._claims.lose(lease, death.reason, str(death)))
+                outcome = death.reason
             except (SQLAlchemyError, LeaseLost):
                 raise  # nothing can be written now; the lease will run out
             except Exception as error:
@@ -117,23 +142,30 @@ class Supervisor:
                     log.error("attempt failed", exc_info=error)
                 reason = Reason(failure.reason)
                 self._write(lambda: self._claims.fail(lease, reason, failure.message, failure.hint))
+                outcome = reason
             else:
                 self._write(progress.flush)
                 self._write(lambda: self._claims.succeed(lease, result=result, adapter=adapter))
+                outcome = "succeeded"
             self._forget_checkpoints(lease)
+        return outcome
 
     def _work(
         self, lease: Lease, progress: Progress, watch: Watch
     ) -> tuple[dict[str, Any], dict[str, Any] | None]:
         folder = self._folder(lease)
         folder.mkdir(parents=True, exist_ok=True)
-        self._fetch(folder, lease, progress, watch)
-        result = self._train(folder, lease, progress, watch)
+        with traced("job.fetch", lease):
+            self._fetch(folder, lease, progress, watch)
+        with traced("job.train", lease):
+            result = self._train(folder, lease, progress, watch)
         if lease.spec["dry_run"]:
             return result, None
         progress.phase(Phase.PUBLISHING)
-        self._run("verify", folder, lease, progress, watch)
-        manifest = self._publish(folder, lease, result)
+        with traced("job.verify", lease):
+            self._run("verify", folder, lease, progress, watch)
+        with traced("job.publish", lease):
+            manifest = self._publish(folder, lease, result)
         return manifest["result"], manifest["adapter"]
 
     def _fetch(self, folder: Path, lease: Lease, progress: Progress, watch: Watch) -> None:
@@ -175,7 +207,7 @@ class Supervisor:
     def _publish(self, folder: Path, lease: Lease, result: dict[str, Any]) -> dict[str, Any]:
         try:
             return self._patient(lambda: publish(self._store, lease.job_id, folder, result))
-        except BaseError as error:
+        except Outage as error:
             raise PublishFailed(
                 "The artifact store did not take the adapter.",
                 "Check the store, then submit the job again.",
@@ -205,6 +237,7 @@ class Supervisor:
                         failure = message
                     case _:
                         progress.take(message)
+                        metrics.hear(message, self._device)
                         hear(message)
             code = trainer.wait()
         if failure:
@@ -274,7 +307,7 @@ class Supervisor:
         """Of a job that is over nobody goes on from one. What stays is found by the retention."""
         if not self._settings.is_cluster:
             return
-        with suppress(BaseError, SQLAlchemyError, OSError):
+        with suppress(SQLAlchemyError, OSError):
             if self._claims.over([lease.job_id]):
                 self._store.forget_checkpoints(lease.job_id, fence=lease.fence, keep_step=None)
 

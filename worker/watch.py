@@ -69,13 +69,18 @@ class Watch:
         self._trainer_at = 0.0
         self._stop: Stop | None = None
         self._kill_at = float("inf")
-        self._heartbeat_at = time.monotonic()
+        self._heartbeat_at = lease.asked_at
         max_runtime = lease.spec["resources"]["max_runtime"]
         left = max_runtime - lease.runtime if max_runtime else float("inf")
         self._deadline = time.monotonic() + left
         self._threads = [
-            threading.Thread(target=self._run, args=(duty,), name=duty.__name__, daemon=True)
-            for duty in (self._beat, self._guard)
+            threading.Thread(
+                target=self._run, args=(duty, seconds), name=duty.__name__, daemon=True
+            )
+            for duty, seconds in (
+                (self._beat, TICK_SECONDS),
+                (self._guard, min(TICK_SECONDS, settings.lease_seconds / 100)),
+            )
         ]
 
     def __enter__(self) -> "Watch":
@@ -110,8 +115,8 @@ class Watch:
             with self._lock:
                 self._trainer = None
 
-    def _run(self, duty: Callable[[], None]) -> None:
-        while not self._over.wait(TICK_SECONDS):
+    def _run(self, duty: Callable[[], None], seconds: float) -> None:
+        while not self._over.wait(seconds):
             duty()
 
     def _guard(self) -> None:
@@ -161,11 +166,9 @@ class Watch:
             return
         now = time.monotonic()
         match stop:
-            case Stop.DRAIN:
+            case Stop.DRAIN | Stop.CUT_OFF:  # a checkpoint if there is time
                 self._trainer.signal(signal.SIGTERM)
                 self._kill_at = now + self._settings.drain_grace_seconds
-            case Stop.CUT_OFF:  # a checkpoint if there is time: the lease is not over yet
-                self._trainer.signal(signal.SIGTERM)
             case Stop.CANCEL | Stop.MAX_RUNTIME:
                 self._trainer.signal(signal.SIGUSR1)
                 self._kill_at = now + self._settings.cancel_grace_seconds

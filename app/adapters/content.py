@@ -1,6 +1,6 @@
 """What a download consists of: bytes that we make, and files of the store, one after the other."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from app.storage import ArtifactStore
@@ -12,6 +12,15 @@ class Blob:
 
     sha256: str
     size: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part, from its byte ``first`` up to, not including, ``last``."""
+
+    part: bytes | Blob
+    first: int
+    last: int
 
 
 @dataclass(frozen=True)
@@ -27,19 +36,47 @@ class Content:
     def size(self) -> int:
         return sum(_size(part) for part in self.parts)
 
-    async def stream(self, store: ArtifactStore, start: int, end: int) -> AsyncIterator[bytes]:
-        """The bytes from start up to, not including, end."""
+    async def open(self, store: ArtifactStore, start: int, end: int) -> AsyncIterator[bytes]:
+        """The bytes from start up to, not including, end.
+
+        The store is asked for the first of its files before anything is given out, so that one
+        that does not answer is an error of its own and not a download that breaks off.
+        """
+        pieces = self._pieces(start, end)
+        made: list[bytes] = []
+        for piece in pieces:
+            if isinstance(piece.part, Blob):
+                opened = await store.open(piece.part.sha256, piece.first, piece.last)
+                return _chunks(store, made, opened, pieces)
+            made.append(piece.part[piece.first : piece.last])
+        return _chunks(store, made, None, pieces)
+
+    def _pieces(self, start: int, end: int) -> Iterator[Piece]:
         for part in self.parts:
             size = _size(part)
             first, last = max(start, 0), min(end, size)
             start, end = start - size, end - size
-            if first >= last:
-                continue
-            if isinstance(part, bytes):
-                yield part[first:last]
-            else:
-                async for chunk in store.stream_async(part.sha256, first, last):
-                    yield chunk
+            if first < last:
+                yield Piece(part, first, last)
+
+
+async def _chunks(
+    store: ArtifactStore,
+    made: Sequence[bytes],
+    opened: AsyncIterator[bytes] | None,
+    rest: Iterable[Piece],
+) -> AsyncIterator[bytes]:
+    for chunk in made:
+        yield chunk
+    if opened:
+        async for chunk in opened:
+            yield chunk
+    for piece in rest:
+        if isinstance(piece.part, bytes):
+            yield piece.part[piece.first : piece.last]
+        else:
+            async for chunk in await store.open(piece.part.sha256, piece.first, piece.last):
+                yield chunk
 
 
 def _size(part: bytes | Blob) -> int:

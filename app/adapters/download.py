@@ -1,11 +1,14 @@
-"""Answering for a download: whole, in part, or not at all because the client has it already."""
+"""Answering for a download: whole, in part, elsewhere, or not at all as the client has it."""
 
+from collections.abc import Awaitable, Callable
+from functools import partial
 from urllib.parse import quote
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-from app.adapters.content import Content
+from app.adapters.content import Blob, Content
 from app.adapters.ranges import requested_range
 from app.errors import Responses
 from app.etags import names
@@ -18,6 +21,33 @@ DOWNLOAD: Responses = {
     206: {"description": "The range that was asked for."},
     304: {"description": "The client has it: If-None-Match names its ETag."},
 }
+REDIRECT: Responses = {
+    307: {
+        "description": "The bytes are at the store itself (FLATLORA_DOWNLOADS=redirect).",
+        "headers": {
+            "Location": {
+                "description": "Needs no key, and is valid for FLATLORA_PRESIGN_SECONDS.",
+                "schema": {"type": "string", "format": "uri"},
+            }
+        },
+    }
+}
+
+
+class FromStore(Response):
+    """An answer for which the store is asked when it is sent.
+
+    By then the database has its connection back, and a store that does not answer can still be
+    told as a problem.
+    """
+
+    def __init__(self, make: Callable[[], Awaitable[Response]]) -> None:
+        super().__init__()
+        self._make = make
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answer = await self._make()
+        await answer(scope, receive, send)
 
 
 def answer(request: Request, content: Content) -> Response:
@@ -35,9 +65,39 @@ def answer(request: Request, content: Content) -> Response:
         headers["Content-Range"] = f"bytes {start}-{end - 1}/{size}"
     if request.method == "HEAD":
         return Response(headers=headers, media_type=content.media_type)
-    chunks = content.stream(request.state.store, start, end)
+    if blob := _redirected(request, content):
+        return FromStore(partial(_redirect, request, blob))
     status = 206 if wanted else 200
-    return StreamingResponse(chunks, status, headers=headers, media_type=content.media_type)
+
+    async def stream() -> Response:
+        chunks = await content.open(request.state.store, start, end)
+        return StreamingResponse(chunks, status, headers=headers, media_type=content.media_type)
+
+    return FromStore(stream)
+
+
+def _redirected(request: Request, content: Content) -> Blob | None:
+    """The file that the client is to take from the store.
+
+    Not with If-Range, which names an ETag of ours: the store knows the file by another.
+    """
+    if request.state.settings.downloads != "redirect" or "if-range" in request.headers:
+        return None
+    match content.parts:
+        case [Blob() as blob]:
+            return blob
+        case _:
+            return None
+
+
+async def _redirect(request: Request, blob: Blob) -> Response:
+    """A client repeats its Range there."""
+    seconds = request.state.settings.presign_seconds
+    url = await request.state.store.presigned(blob.sha256, seconds)
+    # The URL is as good as a key until it ends: no cache may keep it.
+    return Response(
+        status_code=307, headers={"Location": url, "Cache-Control": "private, no-store"}
+    )
 
 
 def _headers(content: Content) -> dict[str, str]:

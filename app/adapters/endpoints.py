@@ -7,13 +7,14 @@ from fastapi.responses import Response
 
 from app.adapters.archive import archive
 from app.adapters.content import Blob, Content
-from app.adapters.download import DOWNLOAD, answer
+from app.adapters.download import DOWNLOAD, REDIRECT, answer
 from app.db import ReadSession
 from app.errors import (
     AdapterNotReady,
     FileNotInAdapter,
     JobNotFound,
     RangeNotSatisfiable,
+    StoreUnavailable,
     Unauthenticated,
     problems,
 )
@@ -47,7 +48,9 @@ FinishedAdapter = Annotated[Adapter, Depends(finished_adapter)]
     "/{job_id}/adapter",
     response_class=Response,
     responses=DOWNLOAD
-    | problems(Unauthenticated, JobNotFound, AdapterNotReady, RangeNotSatisfiable),
+    | problems(
+        Unauthenticated, JobNotFound, AdapterNotReady, RangeNotSatisfiable, StoreUnavailable
+    ),
     summary="Download an adapter as one tar",
 )
 async def get_adapter(job_id: str, adapter: FinishedAdapter, request: Request) -> Response:
@@ -60,13 +63,22 @@ async def get_adapter(job_id: str, adapter: FinishedAdapter, request: Request) -
     "/{job_id}/adapter/{file}",
     response_class=Response,
     responses=DOWNLOAD
+    | REDIRECT
     | problems(
-        Unauthenticated, JobNotFound, FileNotInAdapter, AdapterNotReady, RangeNotSatisfiable
+        Unauthenticated,
+        JobNotFound,
+        FileNotInAdapter,
+        AdapterNotReady,
+        RangeNotSatisfiable,
+        StoreUnavailable,
     ),
     summary="Download one file of an adapter",
 )
 async def get_adapter_file(file: str, adapter: FinishedAdapter, request: Request) -> Response:
-    """Answers `Range`, `If-Range` and `If-None-Match`; the ETag is the file's sha256."""
+    """Answers `Range`, `If-Range` and `If-None-Match`; the ETag is the file's sha256.
+
+    Where the service is set up so, the bytes come from the store itself, by a redirect.
+    """
     found = _find(adapter, file)
     media_type = MEDIA_TYPES.get(found.name.rpartition(".")[2], "application/octet-stream")
     blob = Blob(found.sha256, found.size)

@@ -12,11 +12,13 @@ from pydantic import ValidationError
 
 from app import __version__
 from app.cli.doctor import doctor
+from app.cli.gc import gc
 from app.cli.jobs import jobs
 from app.cli.output import USAGE, fail, print_json
 from app.cli.up import explained, run_api, run_up
 from app.cli.workers import worker, workers
 from app.jobs.schemas import RowFormat
+from app.logs import blot
 from app.migrate import head, upgrade
 from app.settings import get_settings
 
@@ -28,6 +30,7 @@ cli = typer.Typer(
 cli.add_typer(jobs, name="jobs")
 cli.add_typer(workers, name="workers")
 cli.command()(worker)
+cli.command()(gc)
 cli.command()(doctor)
 
 
@@ -106,7 +109,7 @@ def main() -> None:
             f"FLATLORA_{str(fault['loc'][0]).upper()}: {fault['msg']}; found {fault['input']!r}"
             for fault in error.errors()
         )
-        sys.stderr.write(f"error: the settings are wrong: {faults}\n")
+        sys.stderr.write(f"error: the settings are wrong: {blot(faults)}\n")
         sys.exit(USAGE)
     except (OSError, ValueError, KeyError, RuntimeError) as error:  # odd names, odd numbers
         sys.stderr.write(f"error: {type(error).__name__}: {str(error)!a}\n")

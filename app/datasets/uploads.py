@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from app.errors import InvalidRequest, TooLarge, UnsupportedMediaType
 from app.faults import Fault
 from app.settings import Settings
-from app.storage import ArtifactStore
+from app.storage import ArtifactStore, make_private
 
 MAX_FILENAME_BYTES = 200
 BROKEN_SECONDS = 24 * 3600
@@ -49,7 +49,7 @@ async def receive(
     chunks: AsyncIterator[bytes], filename: str, settings: Settings, store: ArtifactStore
 ) -> Upload:
     """Take an upload in without holding it in memory; no database is held open meanwhile."""
-    settings.uploads_dir.mkdir(parents=True, exist_ok=True)
+    make_private(settings.uploads_dir)
     with tempfile.NamedTemporaryFile(dir=settings.uploads_dir) as file:
         size, digest = 0, hashlib.sha256()
         async for chunk in chunks:

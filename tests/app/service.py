@@ -20,7 +20,7 @@ from sqlalchemy.orm import Session
 from app.db import make_engine, now
 from app.jobs.states import Status
 from app.settings import Settings
-from app.storage import ArtifactStore
+from app.storage import ArtifactStore, open_store
 from app.tables import JobRow, MetricRow
 
 Json = dict[str, Any]
@@ -90,7 +90,7 @@ class Service:
 
     @cached_property
     def store(self) -> ArtifactStore:
-        return ArtifactStore.local(self.settings.artifacts_dir)
+        return open_store(self.settings)
 
     def post(self, body: Json, **headers: str) -> httpx2.Response:
         names = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -122,6 +122,7 @@ class Service:
         """A job that has succeeded, with its adapter in the store."""
         job_id = self.submit()["id"]
         scratch = self.settings.data_dir / "scratch"
+        scratch.parent.mkdir(exist_ok=True)
         listed = []
         for name, content in files.items():
             scratch.write_bytes(content)

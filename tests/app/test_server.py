@@ -84,7 +84,9 @@ class TestStart:
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         )
-        base = {"app.errors", "app.faults", "app.settings", "app.storage", "app.uris"}
+        base = {
+            "app.errors", "app.faults", "app.objects", "app.settings", "app.storage", "app.uris",
+        }  # fmt: skip
         assert set(json.loads(done.stdout)) == base
 
     def test_the_process_imports_no_torch_and_no_worker(self) -> None:

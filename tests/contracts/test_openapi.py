@@ -56,6 +56,7 @@ def test_it_is_openapi_3_1_with_these_routes(openapi: Json) -> None:
         "GET /datasets",
         "GET /datasets/{dataset_id}",
         "GET /models",
+        "GET /workers",
         "GET /healthz",
         "GET /readyz",
         "GET /version",

@@ -2,66 +2,53 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import Any
 
 import pytest
-from sqlalchemy import Engine, func, select, update
+from sqlalchemy import Engine, func, inspect, select
 from sqlalchemy.orm import Session
 
-from app.db import make_engine, now
+from app.db import now
+from app.failpoints import VARIABLE
 from app.ids import new_id
-from app.jobs.schemas import JobCreate
 from app.jobs.states import Reason, Status
-from app.migrate import upgrade
 from app.tables import EventRow, JobRow, MetricRow
+from tests.worker.jobs import (
+    add_job,
+    change,
+    claimed,
+    event_types,
+    expire,
+    row,
+    seconds_from_now,
+)
 from worker.claims import RECOVERIES_LIMIT, Claims, Lease, LeaseLost
-from worker.progress import Progress
+from worker.progress import Progress, upsert_metric
+
+WRITES: dict[str, Callable[[Claims, Lease], object]] = {
+    "beat": lambda claims, lease: claims.beat(
+        lease,
+        [upsert_metric(claims.dialect, {
+            "job_id": lease.job_id, "series": "train", "step": 1, "data": {"loss": 1.0}
+        })],
+        step=1,
+    ),
+    "pin": lambda claims, lease: claims.pin(lease, {"clock": "then"}),
+    "hand_over": lambda claims, lease: claims.hand_over(lease, {"fence": 1, "step": 9}),
+    "succeed": lambda claims, lease: claims.succeed(lease, result={}, adapter=None),
+    "fail": lambda claims, lease: claims.fail(lease, Reason.INTERNAL, "late", None),
+    "cancel": lambda claims, lease: claims.cancel(lease),
+    "release": lambda claims, lease: claims.release(lease, "drained"),
+    "lose": lambda claims, lease: claims.lose(lease, Reason.WORKER_LOST, "died"),
+}  # fmt: skip
 
 
-@pytest.fixture
-def engine(database_url: str) -> Iterator[Engine]:
-    upgrade(database_url)
-    engine = make_engine(database_url)
-    yield engine
-    engine.dispose()
-
-
-@pytest.fixture
-def claims(engine: Engine) -> Claims:
-    return Claims(engine, worker="w1", lease_seconds=60, max_attempts=3)
-
-
-def add_job(engine: Engine) -> str:
-    spec = JobCreate(base_model="org/name", dataset_uri="file:rows.jsonl").resolved()
-    job = JobRow(
-        id=new_id("job"),
-        base_model=spec.base_model,
-        dataset_uri=spec.dataset_uri,
-        labels={},
-        spec=spec.model_dump(mode="json"),
-        status=Status.QUEUED,
-        created_at=now(),
-        updated_at=now(),
-    )
-    with Session(engine.execution_options(writes=True)) as session, session.begin():
-        session.add(job)
-        return job.id
-
-
-def row(engine: Engine, job_id: str) -> JobRow:
-    with Session(engine) as session:
-        return session.get_one(JobRow, job_id)
-
-
-def claimed(claims: Claims) -> Lease:
-    lease = claims.claim_next()
-    assert lease is not None
-    return lease
-
-
-def expire(engine: Engine, job_id: str) -> None:
-    with Session(engine.execution_options(writes=True)) as session, session.begin():
-        session.execute(update(JobRow).where(JobRow.id == job_id).values(lease_until=now(-1)))
+def everything(engine: Engine) -> list[Any]:
+    """All that the database holds, to see that nothing has changed."""
+    with engine.connect() as connection:
+        tables = inspect(connection).get_table_names()
+        return [connection.exec_driver_sql(f"SELECT * FROM {name}").all() for name in tables]  # noqa: S608 - our own tables
 
 
 class TestClaim:
@@ -88,6 +75,14 @@ class TestClaim:
             thread.join()
         assert len(taken) == 40
         assert set(taken) == jobs
+
+    def test_the_time_that_the_answer_took_belongs_to_the_lease(
+        self, engine: Engine, claims: Claims, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv(VARIABLE, "claim.after_commit=sleep:0.3")
+        add_job(engine)
+        lease = claimed(claims)
+        assert time.monotonic() - lease.asked_at >= 0.3
 
 
 class TestFence:
@@ -124,6 +119,43 @@ class TestFence:
                 write(lease)
         assert row(engine, job_id).status == Status.SUCCEEDED
 
+    def test_it_rises_with_every_claim_whatever_came_before(
+        self, engine: Engine, claims: Claims
+    ) -> None:
+        job_id = add_job(engine)
+        fences = []
+        for end in ("release", "lose", "reap", "recover"):
+            lease = claimed(claims)
+            fences.append(lease.fence)
+            if end in WRITES:
+                WRITES[end](claims, lease)
+            elif end == "reap":
+                expire(engine, job_id)
+                claims.reap()
+            else:
+                claims.recover()
+        assert fences == [1, 2, 3, 4]
+
+    @pytest.mark.parametrize("since", ["claimed again", "waits", "is over"])
+    def test_a_write_of_an_earlier_attempt_is_refused_and_changes_nothing(
+        self, engine: Engine, since: str
+    ) -> None:
+        claims = Claims(engine, worker="w1", lease_seconds=60, max_attempts=3, wakes=True)
+        job_id = add_job(engine)
+        old = claimed(claims)
+        expire(engine, job_id)
+        claims.reap()
+        if since != "waits":
+            new = claimed(claims)
+            change(engine, job_id, status=Status.CANCELLING)  # all moves would be allowed
+            if since == "is over":
+                claims.cancel(new)
+        before = everything(engine)
+        for name, write in WRITES.items():
+            with pytest.raises(LeaseLost, match=job_id):
+                write(claims, old)
+            assert everything(engine) == before, name
+
 
 class TestAttempts:
     def test_a_drained_attempt_does_not_count(self, engine: Engine, claims: Claims) -> None:
@@ -156,6 +188,21 @@ class TestAttempts:
         assert row(engine, mine).attempt == 0
         assert row(engine, theirs).status == Status.RUNNING
 
+    def test_recovery_passes_over_what_somebody_else_has_put_back(self, engine: Engine) -> None:
+        class Overtaken(Claims):
+            def release(self, lease: Lease, why: str, **values: Any) -> None:
+                if lease.job_id == first:
+                    expire(engine, first)
+                    assert self.reap() == 1
+                super().release(lease, why, **values)
+
+        claims = Overtaken(engine, worker="w1", lease_seconds=60, max_attempts=3)
+        first, second = add_job(engine), add_job(engine)
+        for _ in range(2):
+            claimed(claims)
+        assert claims.recover() == 1
+        assert [row(engine, job_id).status for job_id in (first, second)] == [Status.QUEUED] * 2
+
     def test_a_job_that_takes_the_service_down_each_time_does_not_come_back_for_ever(
         self, engine: Engine, claims: Claims
     ) -> None:
@@ -185,6 +232,72 @@ class TestAttempts:
         add_job(engine)
         claimed(claims)
         assert claims.reap() == 0
+
+
+class TestBackOff:
+    def test_it_doubles_with_each_death_and_no_two_jobs_wait_equally_long(
+        self, engine: Engine
+    ) -> None:
+        claims = Claims(engine, worker="w1", lease_seconds=60, max_attempts=9, retry_seconds=100)
+        jobs = [add_job(engine) for _ in range(6)]
+        for attempt in range(1, 5):
+            waits = []
+            for lease in [claimed(claims) for _ in jobs]:
+                assert lease.attempt == attempt
+                claims.lose(lease, Reason.WORKER_LOST, "died")
+                waits.append(
+                    seconds_from_now(engine, JobRow.available_at, JobRow.id == lease.job_id)
+                )
+            usual = 100 * 2 ** (attempt - 1)
+            assert 0.8 * usual - 5 < min(waits) < max(waits) < 1.2 * usual
+            assert max(waits) - min(waits) > 0.01 * usual
+            for job_id in jobs:
+                change(engine, job_id, available_at=now())
+
+    def test_others_go_first_meanwhile(self, engine: Engine) -> None:
+        claims = Claims(engine, worker="w1", lease_seconds=60, max_attempts=3, retry_seconds=60)
+        add_job(engine, age=60, priority=0)
+        other = add_job(engine)
+        claims.lose(claimed(claims), Reason.WORKER_LOST, "died")
+        assert claimed(claims).job_id == other
+        assert claims.claim_next() is None
+
+    @pytest.mark.parametrize("end", ["release", "reap"])
+    def test_a_job_whose_trainer_has_not_died_does_not_wait(self, engine: Engine, end: str) -> None:
+        claims = Claims(engine, worker="w1", lease_seconds=60, max_attempts=3, retry_seconds=60)
+        job_id = add_job(engine)
+        lease = claimed(claims)
+        if end == "reap":
+            expire(engine, job_id)
+            claims.reap()
+        else:
+            claims.release(lease, "drained")
+        assert claimed(claims).job_id == job_id
+
+
+class TestQueueDeadline:
+    def test_a_job_that_has_waited_for_too_long_fails_with_its_reason(
+        self, engine: Engine, claims: Claims
+    ) -> None:
+        late = add_job(engine, queue_deadline=now(-1))
+        others = [add_job(engine, queue_deadline=now(60)), add_job(engine)]
+        assert claims.expire() == 1
+        job = row(engine, late)
+        assert (job.status, job.reason) == (Status.FAILED, Reason.MAX_QUEUE_TIME)
+        assert job.finished_at is not None
+        assert job.hint == "Raise resources.max_queue_time, or start more workers."
+        assert event_types(engine, late) == ["job.failed"]
+        assert {row(engine, job_id).status for job_id in others} == {Status.QUEUED}
+        assert claims.expire() == 0
+
+    def test_one_that_has_ever_started_does_not(self, engine: Engine, claims: Claims) -> None:
+        running, back = (add_job(engine, queue_deadline=now(60)) for _ in range(2))
+        leases = [claimed(claims), claimed(claims)]
+        claims.release(leases[1], "drained")
+        for job_id in (running, back):
+            change(engine, job_id, queue_deadline=now(-1))
+        assert claims.expire() == 0
+        assert row(engine, back).status == Status.QUEUED
 
 
 class TestProgress:
@@ -225,8 +338,7 @@ class TestWishes:
     def cancelling(self, engine: Engine, claims: Claims) -> Lease:
         add_job(engine)
         lease = claimed(claims)
-        with Session(engine.execution_options(writes=True)) as session, session.begin():
-            session.execute(update(JobRow).values(status=Status.CANCELLING))
+        change(engine, lease.job_id, status=Status.CANCELLING)
         return lease
 
     def test_the_heartbeat_brings_the_wish(self, claims: Claims, cancelling: Lease) -> None:

@@ -76,6 +76,7 @@ def train(
                 "learning_rate": learning_rate,
                 "sigma": sigma,
                 "grad_norm": _finite(grad_norm),
+                "tokens": tokens,
                 **pace.after(time.monotonic() - started, run.total_steps - state.step, tokens),
                 **_memory(run.device),
             },

@@ -18,7 +18,8 @@ class Reporter(Protocol):
     def step(self, step: int, total: int, metrics: Mapping[str, Any]) -> None:
         """Optimizer step ``step`` of ``total`` (1-based) is done.
 
-        ``metrics`` has loss, learning_rate, sigma, grad_norm, tokens_per_second, eta_seconds.
+        ``metrics`` has loss, learning_rate, sigma, grad_norm, tokens (without padding),
+        tokens_per_second, eta_seconds.
         """
 
     def held_out(self, step: int, metrics: Mapping[str, Any]) -> None:

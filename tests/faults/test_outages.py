@@ -1,0 +1,298 @@
+"""Promise 5: an outage of the database or of the broker loses nothing, and fails no job."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.faults.cluster import Cluster
+from tests.faults.conftest import MakeCluster
+from tests.faults.nodes import Node
+from tests.faults.procs import is_alive
+from tests.faults.summary import FAULTS
+from tests.system.service import until
+
+PATIENT = {"FLATLORA_LEASE_SECONDS": "8", "FLATLORA_HEARTBEAT_SECONDS": "1"}
+HALF_A_LEASE = 4.0  # as are 30 s of 60
+FIVE_LEASES = 15.0  # as are 5 minutes; of the 3 s that clusters of tests have
+
+NETWORK = ("cut", "stall", "half_open")
+LONG = pytest.mark.torture
+
+
+@contextmanager
+def no_postgres(cluster: Cluster, how: str) -> Iterator[None]:
+    if how == "stopped":
+        cluster.stop_postgres()
+    else:
+        cluster.kill("postgres")
+    try:
+        yield
+    finally:
+        cluster.postgres.start()
+
+
+@contextmanager
+def network_faults(nodes: list[Node]) -> Iterator[None]:
+    """Another one for each, between it and Postgres."""
+    for node, fault in zip(nodes, NETWORK, strict=True):
+        getattr(node.postgres, fault)()
+    try:
+        yield
+    finally:
+        for node in nodes:
+            node.postgres.pass_through()
+
+
+def requeued(cluster: Cluster, job_id: str) -> list[str]:
+    events = cluster.query("SELECT type, message FROM job_events WHERE job_id = %s", job_id)
+    return [event["message"] for event in events if event["type"] == "job.requeued"]
+
+
+def done(cluster: Cluster, job_id: str) -> int:
+    return sum(entry["event"] == "step" for entry in cluster.executions(job_id))
+
+
+def pids(cluster: Cluster) -> list[int]:
+    """Of all that is no trainer."""
+    found = [node.pid for node in cluster.nodes]
+    for worker in cluster.workers:
+        found += [*worker.celery(), *worker.pool_children()]
+    return found
+
+
+class TestHalfALease:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def cluster(shared: MakeCluster) -> Cluster:
+        return shared(workers=3, environment=PATIENT)
+
+    @pytest.mark.parametrize("how", ["killed", pytest.param("stopped", marks=LONG)])
+    def test_without_postgres_no_job_is_restarted(self, cluster: Cluster, how: str) -> None:
+        job_ids = self._running(cluster)
+        with no_postgres(cluster, how):
+            self._go_on(cluster, job_ids)
+        self._finish_unbroken(cluster, job_ids)
+
+    def test_without_a_network_no_job_is_restarted(self, cluster: Cluster) -> None:
+        job_ids = self._running(cluster)
+        with network_faults([*cluster.workers]):
+            self._go_on(cluster, job_ids)
+        self._finish_unbroken(cluster, job_ids)
+
+    def _running(self, cluster: Cluster) -> list[str]:
+        job_ids = [cluster.submit(steps=160, step_ms=40) for _ in cluster.workers]
+        for job_id in job_ids:
+            cluster.wait(job_id, lambda row: row["step"] >= 6)
+        return job_ids
+
+    def _go_on(self, cluster: Cluster, job_ids: list[str]) -> None:
+        before = [done(cluster, job_id) for job_id in job_ids]
+        time.sleep(HALF_A_LEASE)
+        after = [done(cluster, job_id) for job_id in job_ids]
+        assert all(now > then + 20 for then, now in zip(before, after, strict=True))
+
+    def _finish_unbroken(self, cluster: Cluster, job_ids: list[str]) -> None:
+        for job_id in job_ids:
+            row = cluster.finish(job_id)
+            assert (row["attempt"], row["fence"]) == (1, 1), requeued(cluster, job_id)
+        cluster.check()
+
+
+class TestFiveLeases:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def cluster(shared: MakeCluster) -> Cluster:
+        return shared(workers=3)
+
+    @pytest.mark.parametrize("how", ["stopped", pytest.param("killed", marks=LONG)])
+    def test_without_postgres_jobs_write_a_checkpoint_and_go_on_afterwards(
+        self, cluster: Cluster, how: str
+    ) -> None:
+        running, queued = self._submit(cluster)
+        before = pids(cluster)
+        with no_postgres(cluster, how):
+            over = time.monotonic() + FIVE_LEASES
+            self._is_told_at_once(cluster)
+            until(lambda: not any(worker.trainers() for worker in cluster.workers), seconds=10)
+            time.sleep(over - time.monotonic())
+        self._has_lost_nothing(cluster, [*running, queued])
+        assert pids(cluster) == before
+        ends = [entry["how"] for entry in cluster.executions() if entry["event"] == "end"]
+        assert ends.count("drain") >= len(running)
+
+    @LONG
+    def test_without_a_network_jobs_go_on_afterwards(self, cluster: Cluster) -> None:
+        running, queued = self._submit(cluster)
+        before = pids(cluster)
+        with network_faults([*cluster.workers]):
+            time.sleep(FIVE_LEASES)
+        self._has_lost_nothing(cluster, [*running, queued])
+        assert pids(cluster) == before
+
+    def _submit(self, cluster: Cluster) -> tuple[list[str], str]:
+        running = [cluster.submit(steps=150, step_ms=40) for _ in cluster.workers]
+        for job_id in running:
+            cluster.wait(job_id, lambda row: row["step"] >= 6)
+        return running, cluster.submit(steps=5)
+
+    def _is_told_at_once(self, cluster: Cluster) -> None:
+        """Each request is answered, and says what is wrong."""
+        for _ in range(3):
+            started = time.monotonic()
+            answer = cluster.post(cluster.body())
+            assert (answer.status_code, answer.json()["code"]) == (503, "database_unavailable")
+            assert time.monotonic() - started < 2
+
+    def _has_lost_nothing(self, cluster: Cluster, job_ids: list[str]) -> None:
+        for job_id in job_ids:
+            assert cluster.finish(job_id)["attempt"] == 1, requeued(cluster, job_id)
+        assert cluster.submit(steps=1)
+        cluster.settle()
+        cluster.check()
+
+
+class TestSilence:
+    """A connection that stays open and on which nothing comes is an outage too."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def cluster(shared: MakeCluster) -> Cluster:
+        return shared(workers=2)
+
+    @LONG
+    @pytest.mark.parametrize("fault", ["stall", "half_open"])
+    def test_a_request_does_not_hang_on_it(self, cluster: Cluster, fault: str) -> None:
+        key = f"silence-{fault}"
+        cluster.post(cluster.body(steps=1), key=key)
+        getattr(cluster.api.postgres, fault)()
+        started = time.monotonic()
+        answer = cluster.post(cluster.body(steps=1), key=key)
+        assert (answer.status_code, answer.json()["code"]) == (503, "database_unavailable")
+        assert time.monotonic() - started < 20
+        cluster.api.postgres.pass_through()
+        assert cluster.post(cluster.body(steps=1), key=key).status_code == 202
+        assert len(cluster.settle()) == len(cluster.accepted)
+        cluster.check()
+
+    def test_the_row_of_a_machine_that_froze_in_a_transaction_is_not_locked_for_ever(
+        self, cluster: Cluster, tmp_path: Path
+    ) -> None:
+        frozen, _ = cluster.workers
+        point = f"heartbeat.before_commit=sleep:600@{tmp_path / 'once'}"
+        frozen.environment["FLATLORA_FAILPOINTS"] = point
+        cluster.workers[1].stop()
+        frozen.restart()
+        job_id = cluster.submit(steps=50)
+        until((tmp_path / "once").exists)
+        frozen.freeze()
+        cluster.workers[1].start()
+        row = cluster.finish(job_id, seconds=30)
+        assert row["fence"] == 2
+        cluster.thawed.append(time.time())
+        frozen.kill()
+        cluster.check()
+
+
+COMMITS = {
+    "claim": "job.running",
+    "end": "job.succeeded",
+    "way back into the queue": "job.requeued",
+    "checkpoint": "job.checkpoint",
+}
+"""Transactions of a worker, each with the event that it writes."""
+
+
+class TestLostAnswers:
+    """A commit is done and its answer is lost: it is neither lost nor done twice."""
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def cluster(shared: MakeCluster) -> Cluster:
+        return shared()
+
+    @pytest.mark.parametrize("what", COMMITS)
+    @pytest.mark.parametrize("times", [1, pytest.param(25, marks=LONG)])
+    def test_a_worker_knows_what_became_of_its(
+        self, cluster: Cluster, what: str, times: int
+    ) -> None:
+        proxy = cluster.workers[0].postgres
+        for _ in range(times):
+            before = proxy.faults
+            proxy.cut_after(COMMITS[what].encode(), b"COMMIT")
+            job_id = cluster.submit(steps=8, labels={"crash_at": "7 first"})
+            row = cluster.finish(job_id)
+            assert proxy.faults == before + 1
+            assert row["attempt"] == 2, requeued(cluster, job_id)
+        cluster.check()
+
+    @pytest.mark.parametrize("times", [5, pytest.param(100, marks=LONG)])
+    def test_a_request_that_is_repeated_gets_the_same_job(
+        self, cluster: Cluster, times: int
+    ) -> None:
+        proxy = cluster.api.postgres
+        for number in range(times):
+            key = f"key-{times}-{number}"
+            body = cluster.body(steps=1, labels={"key": key})
+            proxy.cut_after(key.encode(), b"COMMIT")
+            answer = cluster.post(body, key=key)
+            assert (answer.status_code, answer.json()["code"]) == (503, "database_unavailable")
+            answer = cluster.post(body, key=key)
+            assert answer.status_code == 202
+            assert answer.headers["Idempotent-Replayed"] == "true"
+            found = cluster.query("SELECT id FROM jobs WHERE labels->>'key' = %s", key)
+            assert found == [{"id": answer.json()["id"]}]
+        cluster.settle()
+        cluster.check()
+
+
+class TestSlowNetwork:
+    def test_jobs_go_on_over_a_slow_one(self, cluster: Cluster) -> None:
+        for proxy in cluster.proxies("postgres"):
+            proxy.slow(48_000)
+        job_ids = [cluster.submit(steps=30, step_ms=30) for _ in range(2)]
+        for job_id in job_ids:
+            row = cluster.finish(job_id)
+            assert (row["attempt"], row["fence"]) == (1, 1), requeued(cluster, job_id)
+        cluster.check()
+
+
+class TestRedis:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def cluster(shared: MakeCluster) -> Cluster:
+        return shared()
+
+    @pytest.mark.parametrize("fault", ["stall", "half_open"])
+    def test_jobs_that_came_while_it_was_silent_are_consumed_afterwards(
+        self, cluster: Cluster, fault: str
+    ) -> None:
+        for proxy in cluster.proxies("redis"):
+            getattr(proxy, fault)()
+        job_ids = [cluster.submit(steps=1) for _ in range(3)]
+        time.sleep(3)
+        assert all(cluster.row(job_id)["status"] == "queued" for job_id in job_ids)
+        for proxy in cluster.proxies("redis"):
+            proxy.pass_through()
+        for job_id in job_ids:
+            cluster.finish(job_id, seconds=25)
+        cluster.check()
+
+    def test_a_connection_that_breaks_twenty_times_in_a_row_is_made_again(
+        self, cluster: Cluster
+    ) -> None:
+        proxy = cluster.workers[0].redis
+        for number in range(20):
+            until(lambda: proxy.connections)
+            if number % 5 == 0:
+                cluster.submit(steps=1)
+            proxy.cut()
+            proxy.pass_through()
+        last = cluster.submit(steps=1)
+        cluster.finish(last, seconds=15)
+        cluster.settle(seconds=15)
+        assert is_alive(cluster.workers[0].pid)
+        assert FAULTS["redis cut"] >= 20
+        cluster.check()
