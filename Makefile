@@ -1,9 +1,10 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo run test check clean
+.PHONY: help demo run test torture check clean
 SHELL := /bin/bash
 
 PYTHON ?= python3
 VENV ?= .venv
+SECONDS ?= 600
 BIN := $(VENV)/bin
 
 help: ## List the targets
@@ -17,6 +18,9 @@ run: $(VENV)/.runtime ## Start the service on this machine (Ctrl-C stops it)
 
 test: $(VENV)/.dev ## Run every test that needs no GPU
 	$(BIN)/pytest -m "not gpu" -n 2 --dist loadfile
+
+torture: $(VENV)/.dev ## Break a cluster at random (SECONDS=600 SEED=n), then look what it has kept
+	$(BIN)/python -m tests.faults.torture --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 check: $(VENV)/.dev ## Lint, format, types, import contracts
 	$(BIN)/ruff check

@@ -5,7 +5,8 @@
 Starts a throw-away Postgres and the API. A request's time is measured by one client that keeps its
 connection; the kinds and the two lengths of the queue take turns, so that a slow moment of the
 machine meets all of them. The bare handlers are FastAPI routes that insert or select one row
-through SQLAlchemy, on the same database. Ends with 1 if a job was claimed twice or a request failed.
+through SQLAlchemy, on the same database. Ends with 1 if a job was claimed twice or a request
+failed.
 """
 
 import argparse
