@@ -32,9 +32,13 @@ def make_celery(broker_url: str) -> Celery:
             "socket_connect_timeout": 3,
             "socket_keepalive": True,
             "health_check_interval": 5,
+            # A send fails at once: the relay tries again, and locks no rows meanwhile. What
+            # consumes goes by the settings below.
+            "max_retries": 0,
         },
         broker_connection_retry_on_startup=True,
         broker_connection_max_retries=None,
+        broker_channel_error_retry=True,  # else a Redis that is full ends Celery, and its jobs
         broker_pool_acquire_timeout=5,
         task_publish_retry=False,  # what cannot be sent stays in the outbox
         # Early acknowledgement: a lost connection takes nothing back.

@@ -39,6 +39,6 @@ class BrokerHealth:
             async with Redis.from_url(self._url, retry=Retry(NoBackoff(), 0)) as redis:
                 await redis.ping()
         except (RedisError, OSError, ValueError) as error:
-            log.debug("the broker does not answer", exc_info=error)
+            log.debug("the broker does not answer", error=str(error))
             return False
         return True

@@ -28,8 +28,8 @@ from app.tables import UtcDateTime
 log = structlog.get_logger()
 
 SQLITE_BUSY_SECONDS = 30
-REQUEST_SECONDS = 30  # of one request's transaction: a stalled database holds none for ever
-ANSWER_SECONDS = 10  # to one statement of a request
+REQUEST_SECONDS = 60  # of one request's transaction, and of its turn in a line of a thousand
+ANSWER_SECONDS = 10  # to one statement of a request: a silent database is told sooner
 HOUSEKEEPING_SECONDS = 300  # the same, of what nobody waits for
 
 # A connection whose other end has gone says so within half a minute, also if it is only waiting.
@@ -42,6 +42,7 @@ POSTGRES = {
     "tcp_user_timeout": 20_000,  # milliseconds
 }
 POOL: dict[str, Any] = {"pool_pre_ping": True, "pool_timeout": 5, "pool_size": 10}
+LINE = POOL | {"pool_timeout": REQUEST_SECONDS}  # many requests at once are no outage
 
 OUTAGES = (OperationalError, InterfaceError, PoolTimeout)
 """What a database raises that may answer again later."""
@@ -89,7 +90,7 @@ def make_async_engine(url: str) -> AsyncEngine:
     """The API's engine for the same database."""
     parsed = make_url(url)
     if parsed.get_backend_name() == "postgresql":
-        engine = create_async_engine(parsed, connect_args=POSTGRES, **POOL)
+        engine = create_async_engine(parsed, connect_args=POSTGRES, **LINE)
         _be_impatient(engine.sync_engine, ANSWER_SECONDS)
         return engine
     engine = create_async_engine(parsed.set(drivername="sqlite+aiosqlite"))

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import psycopg
 from psycopg.abc import PQGen
-from psycopg.errors import _WaitTimeout
+from psycopg.errors import ReadOnlySqlTransaction, _WaitTimeout
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import OperationalError
@@ -68,8 +68,12 @@ def be_impatient(engine: Engine, answer_seconds: float) -> None:
     async def connect_async(*args: Any, **options: Any) -> AsyncConnection:
         connection = await AsyncConnection.connect(*args, **options)
         connection.answer_seconds = answer_seconds
-        await connection.execute(idle)
-        await connection.commit()
+        try:
+            await connection.execute(idle)
+            await connection.commit()
+        except BaseException:
+            await connection.close()
+            raise
         return connection
 
     @event.listens_for(engine, "do_connect")
@@ -80,16 +84,25 @@ def be_impatient(engine: Engine, answer_seconds: float) -> None:
             return None
         connection = Connection.connect(*args, **options)
         connection.answer_seconds = answer_seconds
-        connection.execute(idle)
-        connection.commit()
+        try:
+            connection.execute(idle)
+            connection.commit()
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     @event.listens_for(engine, "handle_error")
     def on_error(context: ExceptionContext) -> OperationalError | None:
-        """However a connection was lost, it is an outage: psycopg calls some an internal error."""
-        if not context.is_disconnect or isinstance(context.sqlalchemy_exception, OperationalError):
+        """However a connection was lost, it is an outage: psycopg calls some an internal error.
+
+        So is a server that only reads: a standby, or a primary that has just become one.
+        """
+        cause, is_lost = context.original_exception, context.is_disconnect
+        if isinstance(context.sqlalchemy_exception, OperationalError) or not (
+            is_lost or isinstance(cause, ReadOnlySqlTransaction)
+        ):
             return None
-        cause = context.original_exception
         return OperationalError(
-            context.statement, context.parameters, cause, connection_invalidated=True
+            context.statement, context.parameters, cause, connection_invalidated=is_lost
         )

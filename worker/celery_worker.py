@@ -18,7 +18,9 @@ from typing import Any
 
 import structlog
 from billiard import current_process
-from celery import Celery, signals
+from celery import Celery, bootsteps, signals
+from celery.exceptions import InvalidTaskError
+from celery.worker.request import Request
 
 from app.broker import QUEUE, WAKE, make_celery
 from app.ids import is_id
@@ -82,7 +84,7 @@ class Child:
 
     def work(self, *about: Any) -> None:
         """Run jobs until none waits."""
-        if len(about) > 1 or not all(is_id(job_id, "job") for job_id in about):
+        if len(about) > 1 or not all(is_id(str(job_id), "job") for job_id in about):
             log.warning(
                 "a wake-up with other arguments than one job id", arguments=str(about)[:200]
             )
@@ -99,16 +101,46 @@ class Child:
         self._draining.set()
 
 
+class WakeUp(Request):  # type: ignore[misc] # Celery ships no types
+    """A message for the task. Whoever can write to the broker can do no more than wake."""
+
+    def __init__(self, message: Any, *arguments: Any, **options: Any) -> None:
+        try:
+            _, keywords, more = message.payload
+            if keywords or any(more.values()):
+                raise ValueError(f"found {keywords} and {more}, expected a job id alone")
+            super().__init__(message, *arguments, **options)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise InvalidTaskError(f"not a wake-up: {error}") from error  # else Celery would end
+        self.time_limits = (None, None)
+
+
 def prepare(settings: Settings, draining: SharedFlag) -> Celery:
     """The Celery app with its one task."""
     app = make_celery(settings.broker_url)
     child = Child(settings, draining)
     app.conf.worker_proc_alive_timeout = LOCK_SECONDS + 30
-    app.task(name=WAKE, ignore_result=True)(child.work)
+    app.task(name=WAKE, ignore_result=True, Request=WakeUp)(child.work)
+    app.steps["worker"].add(_draining_step(draining))
     _connect(signals.worker_process_init, child.start)
     _connect(signals.worker_shutting_down, lambda **_: draining.set())
     _connect(signals.setup_logging, lambda **_: None)  # ours stands already
     return app
+
+
+def _draining_step(draining: SharedFlag) -> type:
+    """Drain also where Celery stops for an error of its own: it waits until its slots are free."""
+
+    class Drain(bootsteps.StartStopStep):  # type: ignore[misc] # Celery ships no types
+        requires = {"celery.worker.components:Pool"}  # so it is stopped before
+
+        def start(self, _worker: Any) -> None:
+            pass
+
+        def stop(self, _worker: Any) -> None:
+            draining.set()
+
+    return Drain
 
 
 def _connect(signal_: Any, receiver: Callable[..., Any]) -> None:

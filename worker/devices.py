@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+from itertools import takewhile
 
 CPU = "cpu"
 
@@ -13,11 +14,16 @@ def slots(configured: Sequence[str]) -> list[str]:
     return list(configured) or gpus() or [CPU]
 
 
+def _is_device(name: str) -> bool:
+    """CUDA sees no more of a list from the first entry on that names none."""
+    return name.isdecimal() or name.startswith(("GPU-", "MIG-"))
+
+
 def gpus() -> list[str]:
     """Numbers or ids as ``CUDA_VISIBLE_DEVICES`` takes them. Asks the driver, not torch."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [device for part in visible.split(",") if (device := part.strip())]
+        return list(takewhile(_is_device, (part.strip() for part in visible.split(","))))
     command = shutil.which("nvidia-smi")
     if command is None:
         return []

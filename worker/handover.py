@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Any
 
 import structlog
-from sqlalchemy.exc import SQLAlchemyError
 
 from app.failpoints import Point, failpoint
 from app.storage import ArtifactStore
@@ -66,6 +65,7 @@ class Handover:
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
+        self._thread.join(1)  # an upload may last, and its thread is a daemon
 
     def take(self, step: int) -> None:
         """There is a checkpoint after this step."""
@@ -98,7 +98,7 @@ class Handover:
                 self._upload(step)
             except LeaseLost:
                 return
-            except (OSError, SQLAlchemyError, ValueError) as error:
+            except Exception as error:
                 # The next one will do; and without any the job begins anew elsewhere.
                 log.warning(
                     "checkpoint not handed over",

@@ -90,7 +90,7 @@ class CeleryProcess:
     def restart(self, seconds: float) -> None:
         """For one that lives and does nothing. Its jobs are drained first, if it still can."""
         with self._lock:
-            if self._process:
+            if self._process and self._kill_at == float("inf"):  # not told yet
                 self._process.terminate()
                 self._kill_at = time.monotonic() + seconds
 

@@ -46,10 +46,15 @@ def _insist(
     started, wait = time.monotonic(), FIRST_WAIT
     while True:
         try:
-            return call()
+            value = call()
         except outages as error:
             if is_enough(time.monotonic() - started):
                 raise
-            log.warning("an outage; trying again", seconds=round(wait, 1), exc_info=error)
+            if wait == FIRST_WAIT:  # told of once
+                log.warning("an outage; trying until it is over", exc_info=error)
+        else:
+            if wait > FIRST_WAIT:
+                log.info("the outage is over", seconds=round(time.monotonic() - started, 1))
+            return value
         time.sleep(wait * random.uniform(0.5, 1))  # noqa: S311 - spreads the workers
         wait = min(2 * wait, LONGEST_WAIT)

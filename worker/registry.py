@@ -5,7 +5,7 @@ import platform
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Engine, delete, func, select, update
+from sqlalchemy import Engine, delete, func, select
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.orm import Session
 
@@ -24,10 +24,11 @@ class Registry:
         self._engine = engine.execution_options(writes=True)
         self._name = name
         self._slots = slots
+        self._has_begun = False
         self.is_draining = False
 
     def beat(self) -> None:
-        """Say that it is alive. Makes the row if it is not there."""
+        """Say that it is alive. Makes the row, or takes over that of a killed predecessor."""
         values: dict[str, Any] = {
             "host": platform.node(),
             "pid": os.getpid(),
@@ -38,17 +39,11 @@ class Registry:
         }
         insert = postgresql.insert if self._engine.dialect.name == "postgresql" else sqlite.insert
         row = insert(WorkerRow).values(name=self._name, started_at=now(), **values)
-        row = row.on_conflict_do_update(index_elements=[WorkerRow.name], set_=values)
+        changes = values if self._has_begun else values | {"started_at": now()}
+        row = row.on_conflict_do_update(index_elements=[WorkerRow.name], set_=changes)
         with Session(self._engine) as session, session.begin():
             session.execute(row)
-
-    def start(self) -> None:
-        """Begin anew: the row may be that of a predecessor that was killed."""
-        self.beat()
-        with Session(self._engine) as session, session.begin():
-            session.execute(
-                update(WorkerRow).where(WorkerRow.name == self._name).values(started_at=now())
-            )
+        self._has_begun = True
 
     def leave(self) -> None:
         with Session(self._engine) as session, session.begin():

@@ -105,6 +105,9 @@ class Bench:
         self._draining = draining
         self._has_recovered = False
 
+    def close(self) -> None:
+        self._engine.dispose()
+
     def recover(self) -> None:
         """Put back what a process that is gone has held in this slot."""
         recovered = self.claims.recover()

@@ -28,6 +28,7 @@ from worker.pipe import Message
 from worker.process import FolderBusy, Task, TrainerProcess, out_of_memory_kills
 from worker.progress import Progress
 from worker.publish import publish
+from worker.trainer import DRAINED
 from worker.training.errors import JobError, PublishFailed, as_told
 from worker.watch import Draining, Stop, Watch
 
@@ -240,6 +241,8 @@ class Supervisor:
                         metrics.hear(message, self._device)
                         hear(message)
             code = trainer.wait()
+        if code == DRAINED and self._draining.is_set():
+            watch.drain()  # somebody has told all processes, and it was the first to hear
         if failure:
             raise ReportedFailure(failure)
         if code == 0 and result is not None:

@@ -102,6 +102,9 @@ class Watch:
     def stop(self) -> Stop | None:
         return self._stop
 
+    def drain(self) -> None:
+        self._want(Stop.DRAIN)
+
     @contextmanager
     def over(self, trainer: TrainerProcess) -> Iterator[None]:
         """Inside the block wishes reach this trainer; one that came before reaches it at once."""

@@ -18,7 +18,7 @@ from app.settings import Settings
 CHECKS = (PROGRAM, FOLDER, DISK, FILES, PORT, DATABASE, BROKER, STORE, HUB, GPU)
 
 
-class _Run:
+class Run:
     """A check in a thread that is left behind if it hangs: the process ends without it."""
 
     def __init__(self, check: Check, settings: Settings) -> None:
@@ -54,5 +54,5 @@ class _Run:
 
 def examine(settings: Settings) -> Iterator[Finding]:
     """All findings, in the order of the checks, as soon as each is there."""
-    for run in [_Run(check, settings) for check in CHECKS]:
+    for run in [Run(check, settings) for check in CHECKS]:
         yield from run.findings()

@@ -18,7 +18,7 @@ from app.settings import Settings
 
 CHECKPOINT_BYTES = 2 << 30  # a large job's checkpoints and adapter
 OPEN_FILES = {False: 256, True: 4096}  # by whether it is a cluster
-PORT_SECONDS = 2
+PORT_SECONDS = 4
 
 
 def program(_settings: Settings) -> Iterator[Finding]:

@@ -209,7 +209,7 @@ class TestWatch:
         with flatlora.service.engine.begin() as connection:
             connection.execute(text("ALTER TABLE jobs RENAME TO hidden"))
         away = f"http://127.0.0.1:{free_port()}"
-        for url, words in [(flatlora.url, "HTTP 500"), (away, "refused")]:
+        for url, words in [(flatlora.url, "HTTP 503"), (away, "refused")]:
             with (
                 closing(Client(Profile(url, None), patience=1)) as client,
                 pytest.raises(typer.Exit) as caught,

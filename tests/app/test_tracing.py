@@ -116,7 +116,7 @@ class TestRequest:
             monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
             monkeypatch.setenv("OTEL_BSP_SCHEDULE_DELAY", "600000")
             with running(make_settings(tmp_path, migrated_sqlite_url)) as url:
-                assert httpx2.get(f"{url}/version").is_success
+                assert httpx2.get(f"{url}/version", timeout=30).is_success
             assert [span.name for span in collector.spans] == ["GET /version"]
 
     def test_its_log_lines_name_the_trace(
@@ -127,7 +127,7 @@ class TestRequest:
         capfd: pytest.CaptureFixture[str],
     ) -> None:
         with running(make_settings(tmp_path, migrated_sqlite_url)) as url:
-            assert httpx2.get(f"{url}/version").is_success
+            assert httpx2.get(f"{url}/version", timeout=30).is_success
         span = collector.wait_for("GET /version")["GET /version"]
         lines = [json.loads(line) for line in capfd.readouterr().err.splitlines()]
         (line,) = [line for line in lines if line.get("path") == "/version"]

@@ -88,11 +88,21 @@ class Node:
 
         until(is_ready, seconds=READY_SECONDS)
 
-    def stop(self, *, seconds: float = 60) -> int:
-        """SIGTERM, which drains a worker; its exit code. Nothing of it is left."""
+    def terminate(self) -> None:
+        """SIGTERM, which drains a worker."""
         assert self._process, f"{self.name} was not started"
         self._process.send_signal(signal.SIGTERM)
+
+    def stop(self, *, seconds: float = 60) -> int:
+        """Until it has ended after a SIGTERM; its exit code. Nothing of it is left."""
+        self.terminate()
+        assert self._process
         return self._process.wait(seconds)
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll() if self._process else None
 
     def kill(self) -> list[int]:
         """``kill -9`` of its first process; the ids of the others, which have to follow."""

@@ -3,9 +3,13 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import obstore
 from obstore.store import LocalStore, ObjectStore, from_url
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig
 
 
 def hashes_in_store(url: str, variables: Mapping[str, str], job_id: str) -> dict[str, str] | None:
@@ -29,7 +33,8 @@ def _open(url: str, variables: Mapping[str, str]) -> ObjectStore:
     if url.startswith("file://"):
         return LocalStore(url.removeprefix("file://"))
     config = {name.lower(): value for name, value in variables.items() if name.startswith("AWS_")}
-    return from_url(url, config=config)  # type: ignore[call-overload,no-any-return]
+    options: ClientConfig = {"allow_http": True}
+    return from_url(url, config=config, client_options=options)  # type: ignore[call-overload,no-any-return]
 
 
 def _bytes(store: ObjectStore, key: str) -> bytes | None:

@@ -86,7 +86,6 @@ class Proxy:
         self._words: tuple[bytes, ...] = ()
         self._links: set[Link] = set()
         self._listener: socket.socket | None = None
-        self._accepting: asyncio.Task[None] | None = None
         self._passing = asyncio.Event()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name=f"proxy {name}")
@@ -166,7 +165,7 @@ class Proxy:
         else:
             self._passing.clear()
         if mode is Mode.CUT:
-            await self._refuse()
+            self._refuse()
             for link in list(self._links):
                 await self._reset(link)
         elif self._listener is None:
@@ -181,23 +180,25 @@ class Proxy:
         self._listener.bind(("127.0.0.1", self.port))
         self._listener.listen(1024)
         self._listener.setblocking(False)
-        self._accepting = self._loop.create_task(self._accept(self._listener))
+        self._loop.add_reader(self._listener, self._accept, self._listener)
 
-    async def _refuse(self) -> None:
-        if self._accepting:
-            await _cancel([self._accepting])
+    def _refuse(self) -> None:
         if self._listener:
+            self._loop.remove_reader(self._listener)
             self._listener.close()
-        self._accepting = self._listener = None
+        self._listener = None
 
-    async def _accept(self, listener: socket.socket) -> None:
-        while True:
-            client, _ = await self._loop.sock_accept(listener)
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            link = Link(client)
-            self._links.add(link)
-            if self._mode is not Mode.HALF_OPEN:
-                link.tasks.append(self._loop.create_task(self._connect(link)))
+    def _accept(self, listener: socket.socket) -> None:
+        try:
+            client, _ = listener.accept()
+        except OSError:  # it has gone again
+            return
+        client.setblocking(False)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        link = Link(client)
+        self._links.add(link)
+        if self._mode is not Mode.HALF_OPEN:
+            link.tasks.append(self._loop.create_task(self._connect(link)))
 
     async def _connect(self, link: Link) -> None:
         await self._passing.wait()

@@ -3,10 +3,13 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.config import Config
@@ -95,6 +98,124 @@ class TestMigrations:
         folder = tmp_path / "100% new"
         upgrade(f"sqlite:///{folder / 'flatlora.db'}")
         assert (folder / "flatlora.db").exists()
+
+
+class TestPopulated:
+    """What a service has gathered outlives every migration, there and back."""
+
+    @pytest.fixture
+    def filled(self, engine: Engine, database_url: str) -> Engine:
+        upgrade(database_url, "0001")
+        fill(engine)
+        return engine
+
+    def test_jobs_and_all_that_belongs_to_them_stay_as_they_are(
+        self, filled: Engine, database_url: str
+    ) -> None:
+        before = contents(filled)
+        assert {name: len(rows) for name, rows in before.items()} == {
+            "jobs": len(Status), "job_events": 2 * len(Status), "job_metrics": 2 * len(Status),
+            "datasets": 1, "idempotency_keys": len(Status),
+        }  # fmt: skip
+        for revision in ("0002", "0001", "0002"):
+            (downgrade if revision == "0001" else upgrade)(database_url, revision)
+            assert contents(filled, like=before) == before
+
+    def test_old_jobs_get_the_defaults(self, filled: Engine, database_url: str) -> None:
+        upgrade(database_url)
+        with filled.connect() as connection:
+            query = "SELECT DISTINCT project, priority, available_at, inputs, checkpoint FROM jobs"
+            assert [tuple(found) for found in connection.execute(text(query))] == [
+                ("default", 5, None, None, None)
+            ]
+
+    def test_the_way_back_keeps_what_0001_promises(self, filled: Engine, database_url: str) -> None:
+        constraints = described(filled)
+        upgrade(database_url, "0002")
+        downgrade(database_url, "0001")
+        assert described(filled) == constraints
+        with (
+            filled.execution_options(writes=True).begin() as connection,
+            pytest.raises(IntegrityError, match="ck_jobs_status"),
+        ):
+            connection.execute(text("UPDATE jobs SET status = 'done'"))
+
+    def test_a_job_that_goes_takes_what_belongs_to_it_along(
+        self, filled: Engine, database_url: str
+    ) -> None:
+        for revision in ("0002", "0001"):
+            (downgrade if revision == "0001" else upgrade)(database_url, revision)
+        with filled.execution_options(writes=True).begin() as connection:
+            connection.execute(text("DELETE FROM jobs"))
+        assert {name for name, rows in contents(filled).items() if rows} == {"datasets"}
+
+
+def fill(engine: Engine) -> None:
+    """Rows in all tables of 0001."""
+    tables, moment = reflected(engine), datetime(2026, 11, 24, 12, tzinfo=UTC)
+    zone = moment if engine.dialect.name == "postgresql" else moment.replace(tzinfo=None)
+    with engine.execution_options(writes=True).begin() as connection:
+        for number, status in enumerate(Status):
+            job_id = f"job_{number:032x}"
+            connection.execute(tables["jobs"].insert().values(
+                id=job_id, name=f"ü {number}", labels={"a": "b"}, base_model="a/b",
+                dataset_uri="file:a", spec={"rank": 8, "none": None}, status=status.value,
+                phase="training", attempt=1, fence=number, worker="w", lease_until=zone,
+                runtime=1.5, recoveries=0, step=number, progress={"loss": 0.1}, result=None,
+                created_at=zone, updated_at=zone,
+            ))  # fmt: skip
+            for seq in (1, 2):
+                connection.execute(tables["job_events"].insert().values(
+                    job_id=job_id, seq=seq, at=zone, type="job.x", message="m", data={"n": seq}
+                ))  # fmt: skip
+                connection.execute(tables["job_metrics"].insert().values(
+                    job_id=job_id, series="train", step=seq, data={"loss": 1 / 3}
+                ))  # fmt: skip
+            connection.execute(tables["idempotency_keys"].insert().values(
+                key=f"k{number}", body_sha256="0" * 64, job_id=job_id, created_at=zone
+            ))  # fmt: skip
+        connection.execute(tables["datasets"].insert().values(
+            id=f"ds_{0:032x}", sha256="0" * 64, filename="a", size=5 << 30, created_at=zone
+        ))  # fmt: skip
+
+
+def reflected(engine: Engine) -> dict[str, sa.Table]:
+    metadata = sa.MetaData()
+    metadata.reflect(engine)
+    return {name: table for name, table in metadata.tables.items() if name != "alembic_version"}
+
+
+def contents(
+    engine: Engine, like: Mapping[str, Sequence[Mapping[str, Any]]] | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """All rows of all tables; with ``like``, of the tables and columns there."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    with engine.connect() as connection:
+        for name, table in reflected(engine).items():
+            if like is not None and name not in like:
+                continue
+            names = like[name][0].keys() if like else table.columns.keys()
+            columns = [table.columns[column] for column in names]
+            query = sa.select(*columns).order_by(*table.primary_key.columns)
+            found[name] = [dict(row) for row in connection.execute(query).mappings()]
+    return found
+
+
+def described(engine: Engine) -> dict[str, Any]:
+    """Columns, keys, checks and indexes of every table."""
+    looked = inspect(engine)
+    return {
+        name: {
+            "columns": [
+                (c["name"], str(c["type"]), c["nullable"]) for c in looked.get_columns(name)
+            ],
+            "key": looked.get_pk_constraint(name),
+            "foreign keys": looked.get_foreign_keys(name),
+            "checks": looked.get_check_constraints(name),
+            "indexes": sorted(index["name"] or "" for index in looked.get_indexes(name)),
+        }
+        for name in sorted(tables(engine))
+    }
 
 
 def test_sqlite_keeps_rows_that_refer_to_a_table_which_is_copied(sqlite_url: str) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import psycopg
 import pytest
 from sqlalchemy import Engine
+from structlog.testing import capture_logs
+from structlog.typing import EventDict
 
 from app.db import make_engine
 from app.settings import Settings
@@ -13,6 +15,15 @@ from app.tables import Table
 from worker.claims import Claims
 
 POSTGRES = "postgresql+psycopg:"
+
+
+@pytest.fixture(autouse=True)
+def logged() -> Iterator[list[EventDict]]:
+    """What is logged meanwhile; shown where a test fails, and in colours for nobody."""
+    with capture_logs() as entries:
+        yield entries
+    for entry in entries:
+        print(entry)  # noqa: T201
 
 
 @pytest.fixture(scope="session")

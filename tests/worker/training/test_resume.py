@@ -79,7 +79,7 @@ class TestKilled:
         }  # fmt: skip
         write_job(folder, job.job_id, spec, job.base_model, job.dataset, None)
         seed = secrets.randbelow(10**6)
-        chance = random.Random(seed)  # noqa: S311 - not for secrets
+        chance = random.Random(seed)
         for _ in range(4):
             process = subprocess.Popen(
                 [sys.executable, "-m", "tests.worker.training.killed_run", str(folder), "0.02"],

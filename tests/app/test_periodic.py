@@ -1,0 +1,94 @@
+"""A duty is done again and again, at once when nudged, and whatever happens to it in between."""
+
+import threading
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+
+import pytest
+from structlog.testing import capture_logs
+from structlog.typing import EventDict
+
+from app.periodic import Periodic
+from tests.system.service import until
+
+
+@pytest.fixture
+def logged() -> Iterator[list[EventDict]]:
+    with capture_logs() as entries:
+        yield entries
+
+
+def test_it_is_done_at_once_and_then_every_so_often() -> None:
+    times: list[float] = []
+    started = time.monotonic()
+    with Periodic("duty", 0.1, lambda: times.append(time.monotonic())):
+        until(lambda: len(times) >= 4, seconds=10, every=0.01)
+    assert times[0] - started < 0.1
+    assert times[3] - times[0] >= 0.25
+
+
+def test_a_nudge_does_not_wait_for_the_next_time() -> None:
+    done = threading.Semaphore(0)
+    with Periodic("duty", 600, done.release) as periodic:
+        assert done.acquire(timeout=10)
+        for _ in range(3):
+            periodic.nudge()
+            assert done.acquire(timeout=10)
+        assert not done.acquire(timeout=0.1)
+
+
+def test_a_nudge_while_it_is_being_done_is_not_lost() -> None:
+    """What it was nudged for may have come too late for this time."""
+    begun, goes_on = threading.Semaphore(0), threading.Semaphore(0)
+
+    def duty() -> None:
+        begun.release()
+        assert goes_on.acquire(timeout=10)
+
+    with Periodic("duty", 600, duty) as periodic:
+        assert begun.acquire(timeout=10)
+        periodic.nudge()
+        goes_on.release()
+        assert begun.acquire(timeout=10)
+        goes_on.release()
+
+
+def test_one_that_fails_is_done_again_and_told_of_once(logged: list[EventDict]) -> None:
+    calls: list[int] = []
+
+    def duty() -> None:
+        calls.append(1)
+        if len(calls) < 5:
+            raise ConnectionError("away")
+
+    with Periodic("duty", 0.01, duty):
+        until(lambda: len(calls) >= 8, seconds=10, every=0.01)
+    assert [(entry["log_level"], entry["duty"]) for entry in logged] == [
+        ("warning", "duty"),
+        ("info", "duty"),
+    ]
+
+
+def test_it_ends_with_its_block() -> None:
+    calls: list[int] = []
+    with Periodic("duty", 0.01, lambda: calls.append(1)):
+        until(lambda: calls, seconds=10)
+    count = len(calls)
+    time.sleep(0.1)
+    assert len(calls) == count
+    assert "duty" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_one_that_takes_longer_than_its_interval_still_leaves_time_between() -> None:
+    times: list[tuple[float, float]] = []
+
+    def duty() -> None:
+        began = time.monotonic()
+        time.sleep(0.2)
+        times.append((began, time.monotonic()))
+
+    with Periodic("duty", 0.1, duty):
+        until(lambda: len(times) >= 3, seconds=10, every=0.01)
+    for (_, ended), (began, _) in pairwise(times):
+        assert began - ended >= 0.009
