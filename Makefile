@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help demo run test torture check clean
+.PHONY: help demo run test faults torture check clean
 SHELL := /bin/bash
 
 PYTHON ?= python3
@@ -18,6 +18,9 @@ run: $(VENV)/.runtime ## Start the service on this machine (Ctrl-C stops it)
 
 test: $(VENV)/.dev ## Run every test that needs no GPU
 	$(BIN)/pytest -m "not gpu" -n 2 --dist loadfile
+
+faults: $(VENV)/.dev ## Run the fault tests that take long: each fault many times
+	$(BIN)/pytest -m torture tests/faults
 
 torture: $(VENV)/.dev ## Break a cluster at random (SECONDS=600 SEED=n), then look what it has kept
 	$(BIN)/python -m tests.faults.torture --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))

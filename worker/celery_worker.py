@@ -69,7 +69,6 @@ class Child:
         """In the child, right after the fork."""
         follow()
         configure_tracing("flatlora-worker")  # not before the fork: it has a thread
-        signal.signal(signal.SIGTERM, self._drain)  # a service manager may tell all processes
         index = current_process().index
         settings = self._settings
         device = slots(settings.devices)[index]
@@ -89,6 +88,8 @@ class Child:
                 "a wake-up with other arguments than one job id", arguments=str(about)[:200]
             )
         assert self._bench is not None
+        # A service manager may tell all processes. Not before: billiard sets its own at the start.
+        signal.signal(signal.SIGTERM, self._drain)
         while not self._draining.is_set():
             try:
                 if not self._bench.run_next():

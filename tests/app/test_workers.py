@@ -1,6 +1,5 @@
 """Who works is shown as it is, and a worker says at its start what it lacks."""
 
-import json
 import os
 import subprocess
 import sys
@@ -106,10 +105,9 @@ class TestCommand:
     def test_migrate_brings_a_database_to_this_version(
         self, tmp_path: Path, database_url: str
     ) -> None:
-        for _ in range(2):
-            done = run(tmp_path, "migrate", FLATLORA_DATABASE_URL=database_url)
-            assert (done.returncode, done.stderr) == (0, "")
-            assert done.stdout == f"the database is at migration {head()}\n"
+        done = run(tmp_path, "migrate", FLATLORA_DATABASE_URL=database_url)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout == f"the database is at migration {head()}\n"
         engine = make_engine(database_url)
         with engine.connect() as connection:
             found = connection.exec_driver_sql("SELECT version_num FROM alembic_version").scalar()
@@ -129,13 +127,11 @@ class TestListCommand:
         add_worker(service, "a", silent=1000)
         with running(service.settings) as url:
             shown = run(tmp_path, "workers", "list", FLATLORA_URL=url)
-            printed = run(tmp_path, "workers", "list", "--json", FLATLORA_URL=url)
         assert shown.returncode == 0, shown.stderr
         assert [line.split()[1:4] for line in shown.stdout.splitlines()[1:]] == [
             ["lost", "a-0", "0"],
             ["lost", "a-1", "1"],
         ]
-        assert [item["name"] for item in json.loads(printed.stdout)["items"]] == ["a"]
 
 
 class TestSettings:

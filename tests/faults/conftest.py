@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -41,11 +41,26 @@ def shared(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[MakeCluster]:
     """As ``make_cluster``, for the tests of a class that leave the cluster as they found it."""
-    made = request.node.stash.setdefault(CLUSTERS, [])
+    with _clusters(request.node, tmp_path_factory) as make:
+        yield make
+
+
+@pytest.fixture(scope="module")
+def shared_by_all(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[MakeCluster]:
+    """As ``shared``, for the tests of a module."""
+    with _clusters(request.node, tmp_path_factory) as make:
+        yield make
+
+
+@contextmanager
+def _clusters(node: pytest.Item, folders: pytest.TempPathFactory) -> Iterator[MakeCluster]:
+    made = node.stash.setdefault(CLUSTERS, [])
     with ExitStack() as stack:
 
         def make(**arguments: Any) -> Cluster:
-            folder = tmp_path_factory.mktemp("shared")
+            folder = folders.mktemp("shared")
             cluster = Cluster(folder / f"cluster-{len(made)}", **arguments)
             made.append(cluster)
             return stack.enter_context(cluster)
@@ -78,7 +93,6 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
     if report.failed:
-        parent = item.parent.stash.get(CLUSTERS, []) if item.parent else []
-        for cluster in [*item.stash.get(CLUSTERS, []), *parent]:
+        for cluster in [made for node in item.listchain() for made in node.stash.get(CLUSTERS, [])]:
             report.sections.append((f"cluster in {cluster.folder}", cluster.logs()))
     return report

@@ -150,17 +150,12 @@ WHERE: dict[Point, tuple[str, Schedule]] = {
 """Which process dies there, and how it is brought there."""
 
 OTHER_WAYS: list[tuple[Point, str, Schedule]] = [
-    (point, role, way)
-    for points, role, way in (
-        ((Point.RELAY_BEFORE_SEND, Point.RELAY_AFTER_SEND), "worker", relayed_by_the_worker),
-        (
-            (Point.REQUEUE_BEFORE_COMMIT, Point.REQUEUE_AFTER_COMMIT),
-            "pool child",
-            pool_child_killed,
-        ),
-        ((Point.REQUEUE_BEFORE_COMMIT, Point.REQUEUE_AFTER_COMMIT), "pool child", worker_drained),
-    )
-    for point in points
+    (Point.RELAY_BEFORE_SEND, "worker", relayed_by_the_worker),
+    (Point.REQUEUE_BEFORE_COMMIT, "pool child", pool_child_killed),
+    (Point.REQUEUE_BEFORE_COMMIT, "pool child", worker_drained),
+    (Point.RELAY_AFTER_SEND, "worker", relayed_by_the_worker),
+    (Point.REQUEUE_AFTER_COMMIT, "pool child", pool_child_killed),
+    (Point.REQUEUE_AFTER_COMMIT, "pool child", worker_drained),
 ]
 """Points that several processes come by, or by several ways."""
 
@@ -193,7 +188,13 @@ class TestEveryPoint:
         row = stage.cluster.row(job_id)
         assert row["attempt"] == (2 if point in USES_AN_ATTEMPT else 1)
 
-    @pytest.mark.parametrize(("point", "role", "schedule"), OTHER_WAYS)
+    @pytest.mark.parametrize(
+        ("point", "role", "schedule"),
+        [
+            *OTHER_WAYS[:3],
+            *(pytest.param(*way, marks=pytest.mark.torture) for way in OTHER_WAYS[3:]),
+        ],
+    )
     def test_also_where_it_is_come_by_otherwise(
         self, stage: Stage, point: Point, role: str, schedule: Schedule
     ) -> None:

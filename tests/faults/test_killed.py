@@ -33,12 +33,12 @@ class Unbroken:
     seconds: float
 
 
-@pytest.fixture(scope="class")
-def cluster(shared: MakeCluster) -> Cluster:
-    return shared(workers=2)
+@pytest.fixture(scope="module")
+def cluster(shared_by_all: MakeCluster) -> Cluster:
+    return shared_by_all(workers=2)
 
 
-@pytest.fixture(scope="class")
+@pytest.fixture(scope="module")
 def unbroken(cluster: Cluster) -> Unbroken:
     """The same job, undisturbed."""
     started = time.monotonic()
@@ -242,7 +242,7 @@ class TestDrained:
 
     def test_told_twice_it_ends_at_once(self, cluster: Cluster, unbroken: Unbroken) -> None:
         """Its trainer does not listen; the job goes on from what was handed over."""
-        job_id = cluster.submit(**{**JOB, "steps": 400}, labels={"deaf": "1"})
+        job_id = cluster.submit(**{**JOB, "steps": 150}, labels={"deaf": "1"})
         cluster.wait(job_id, lambda row: row["checkpoint"] is not None)
         worker = cluster.workers[holder_of(cluster, job_id)]
         tree, told_at = worker.tree(), worker.log.stat().st_size

@@ -11,10 +11,14 @@ def make_whole(cluster: Cluster) -> None:
     """Start what has ended, and wait until every machine has all of its processes, and no other."""
     cluster.postgres.start()
     cluster.redis.start()
-    for node in cluster.nodes:
-        if not node.is_running:
-            node.start()
-    until(lambda: is_whole(cluster), seconds=60)
+
+    def look() -> bool:
+        for node in cluster.nodes:
+            if not node.is_running:  # also one that was still draining a moment ago
+                node.launch()
+        return is_whole(cluster)
+
+    until(look, seconds=60, every=0.2)
 
 
 def is_whole(cluster: Cluster) -> bool:

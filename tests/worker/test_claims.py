@@ -320,7 +320,7 @@ class TestProgress:
     ) -> None:
         job_id = add_job(engine)
         progress = Progress(claims, claimed(claims))
-        for n in range(200):
+        for n in range(60):
             progress.take({"kind": "held_out", "step": n, "metrics": {"loss": 1.0}})
             other = threading.Thread(target=progress.flush)
             other.start()

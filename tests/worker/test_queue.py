@@ -127,7 +127,7 @@ class TestRace:
     def test_sixteen_claimers_take_each_job_once_and_none_fails(
         self, engine: Engine, migrated_url: str
     ) -> None:
-        jobs = [job for project in "abc" for job in add_jobs(engine, 80, project=project)]
+        jobs = [job for project in "abc" for job in add_jobs(engine, 50, project=project)]
         taken: list[str] = []
         troubles: list[Exception] = []
         start = threading.Barrier(16)
