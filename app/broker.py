@@ -48,6 +48,8 @@ def make_celery(broker_url: str) -> Celery:
         worker_hijack_root_logger=False,
         worker_redirect_stdouts=False,
         worker_send_task_events=False,
+        # Else whoever can write to the broker can stop workers and kill their jobs.
+        worker_enable_remote_control=False,
         # Supervisors import no torch, so a fork is safe, and cheap.
         worker_pool="prefork",
         worker_pool_start_method="fork",

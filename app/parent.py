@@ -25,9 +25,8 @@ def die_with_parent() -> None:
     threading.Thread(target=_end_with_input, name="parent", daemon=True).start()
 
 
-def follow() -> None:
-    """For a process that its parent has forked: end when the parent ends."""
-    parent = os.getppid()
+def follow(parent: int) -> None:
+    """For a process that ``parent`` has forked: end when that ends, or has ended already."""
     _ask_the_kernel()
     threading.Thread(target=_end_with, args=(parent,), name="parent", daemon=True).start()
 

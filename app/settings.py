@@ -98,7 +98,8 @@ class Settings(BaseSettings):
     """How long a trainer may take to write its last checkpoint when the service stops."""
     max_attempts: PositiveInt = 3
     retry_seconds: NonNegativeFloat = 10
-    """How long a job waits after its trainer has died; doubled after each further death."""
+    """How long a job waits after its trainer has died; doubled after each further death, to
+    an hour at most."""
     stall_seconds: PositiveFloat = 1800
     """A trainer that has said nothing for so long is killed, and its job is tried again."""
     relay_seconds: PositiveFloat = 2
@@ -169,6 +170,8 @@ class Settings(BaseSettings):
     @field_validator("broker_url", mode="after")
     @classmethod
     def _need_a_server(cls, broker: str, info: ValidationInfo) -> str:
+        if broker and not broker.startswith(("redis://", "rediss://")):
+            raise ValueError(f"expected redis://… or rediss://…; found {broker.partition(':')[0]}:")
         database = info.data.get("database_url", "")
         if broker and not POSTGRES.match(database):
             raise ValueError(

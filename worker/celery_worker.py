@@ -7,7 +7,7 @@ is left. The children import no torch, so they are forked; a child that dies is 
 back what its slot held.
 """
 
-import mmap
+import os
 import signal
 import sys
 import time
@@ -29,31 +29,12 @@ from app.parent import die_with_parent, follow
 from app.settings import Settings, get_settings
 from app.tracing import configure_tracing
 from worker.devices import slots
+from worker.flag import SharedFlag
 from worker.slot import LOCK_SECONDS, Bench, occupied
 
 log = structlog.get_logger()
 
 RETRY_SECONDS = 2.0
-POLL_SECONDS = 0.2
-
-
-class SharedFlag:
-    """A wish to stop that is seen on both sides of a fork."""
-
-    def __init__(self) -> None:
-        self._byte = mmap.mmap(-1, 1)
-
-    def set(self) -> None:
-        self._byte[0] = 1
-
-    def is_set(self) -> bool:
-        return self._byte[0] == 1
-
-    def wait(self, timeout: float) -> bool:
-        deadline = time.monotonic() + timeout
-        while not self.is_set() and (left := deadline - time.monotonic()) > 0:
-            time.sleep(min(left, POLL_SECONDS))
-        return self.is_set()
 
 
 class Child:
@@ -64,10 +45,19 @@ class Child:
         self._draining = draining
         self._stack = ExitStack()
         self._bench: Bench | None = None
+        self._parent = os.getpid()
 
     def start(self, **_: Any) -> None:
-        """In the child, right after the fork."""
-        follow()
+        """In the child, right after the fork. One that cannot work ends, and another is forked."""
+        try:
+            self._start()
+        except Exception as error:  # Celery would go on with a child that eats wake-ups
+            log.error("this slot cannot start; trying again", exc_info=error)
+            time.sleep(RETRY_SECONDS)
+            os._exit(1)
+
+    def _start(self) -> None:
+        follow(self._parent)
         configure_tracing("flatlora-worker")  # not before the fork: it has a thread
         index = current_process().index
         settings = self._settings

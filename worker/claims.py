@@ -26,6 +26,7 @@ from worker.queue import HELD, best, is_ready, unlocked
 
 RECOVERIES_LIMIT = 10  # times that a job may be held by a service that is killed
 CLAIM_TRIES = 20
+LONGEST_WAIT_SECONDS = 3600  # for its next attempt, of a job whose trainers die
 
 
 class LeaseLost(Exception):
@@ -206,7 +207,8 @@ class Claims:
 
         It waits, longer each time, so that others go first and what was wrong may pass.
         """
-        wait = self._retry_seconds * 2 ** (lease.attempt - 1)
+        wait = self._retry_seconds * 2.0 ** min(lease.attempt - 1, 32)
+        wait = min(wait, max(LONGEST_WAIT_SECONDS, self._retry_seconds))
         wait *= random.uniform(0.8, 1.2)  # noqa: S311 - not all at once after an outage
         with self._requeueing() as session:
             self._lose(session, lease, reason, why, wait)

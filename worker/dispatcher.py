@@ -9,7 +9,6 @@ writes a checkpoint and goes back to the queue.
 
 import signal
 import sys
-import threading
 import time
 from types import FrameType
 
@@ -23,6 +22,7 @@ from app.retention import Retention
 from app.settings import Settings, get_settings
 from app.storage import open_store
 from app.tracing import configure_tracing
+from worker.flag import SharedFlag
 from worker.metrics import prepare_metrics, serving_metrics
 from worker.reaper import Reaper
 from worker.slot import Bench, Slot, SlotTaken, occupied
@@ -34,7 +34,7 @@ RETRY_SECONDS = 2
 
 
 class Dispatcher:
-    def __init__(self, settings: Settings, slot: Slot, draining: threading.Event) -> None:
+    def __init__(self, settings: Settings, slot: Slot, draining: SharedFlag) -> None:
         self._bench = Bench(settings, slot, draining)
         self._reaper = Reaper(
             self._bench.claims, every_seconds=REAP_SECONDS, lease_seconds=settings.lease_seconds
@@ -67,7 +67,7 @@ def main() -> int:
     die_with_parent()
     settings = get_settings()
     configure_logs()
-    draining = threading.Event()
+    draining = SharedFlag()
 
     def drain(_number: int, _frame: FrameType | None) -> None:
         draining.set()

@@ -4,8 +4,11 @@ Only the newest matters: while one is uploaded, those in between are passed over
 what is complete in the store, by a fenced write; an attempt that has lost its lease points nowhere.
 """
 
+import os
+import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,6 +39,19 @@ def restore(store: ArtifactStore, lease: Lease, folder: Path) -> None:
     if checkpoint is None or checkpoint["step"] <= newest_step(folder):
         return
     store.fetch_checkpoint(lease.job_id, checkpoint, checkpoint_folder(folder, checkpoint["step"]))
+
+
+@contextmanager
+def _kept(checkpoint: Path, folder: Path) -> Iterator[Path]:
+    """The same files under other names: the trainer forgets its older checkpoints meanwhile."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        for path in checkpoint.iterdir():
+            os.link(path, folder / path.name)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Handover:
@@ -113,8 +129,8 @@ class Handover:
     def _upload(self, step: int) -> None:
         lease = self._lease
         failpoint(Point.HANDOVER_BEFORE_UPLOAD)
-        folder = checkpoint_folder(self._folder, step)
-        files = self._store.put_checkpoint(lease.job_id, lease.fence, step, folder)
+        with _kept(checkpoint_folder(self._folder, step), self._folder / "handover") as folder:
+            files = self._store.put_checkpoint(lease.job_id, lease.fence, step, folder)
         checkpoint: Mapping[str, Any] = {"fence": lease.fence, "step": step, "files": files}
         self._claims.hand_over(lease, checkpoint)
         self._store.forget_checkpoints(lease.job_id, fence=lease.fence, keep_step=step)

@@ -23,13 +23,13 @@ from app.broker import make_celery
 from app.db import make_engine
 from app.logs import configure_logs
 from app.outbox import Relay, send_wake_up
-from app.parent import die_with_parent
 from app.periodic import Periodic
 from app.retention import Retention
 from app.settings import Settings, get_settings
 from app.storage import make_private, open_store
 from worker.claims import Claims
 from worker.devices import slots
+from worker.flag import SharedFlag
 from worker.metrics import prepare_metrics, serving_metrics
 from worker.reaper import Reaper
 from worker.registry import Registry
@@ -42,7 +42,7 @@ TURN_SECONDS = 0.2
 LATE_TURNS = 4  # sweeps in a row without effect after which Celery is started anew
 FORGET_SECONDS = 3600
 FIRST_BACKOFF, LONGEST_BACKOFF, STEADY_SECONDS = 0.5, 30.0, 30.0
-STOP_MARGIN_SECONDS = 15
+STOP_MARGIN_SECONDS = 28
 
 
 class CeleryProcess:
@@ -145,6 +145,8 @@ class Worker:
     def __init__(self, settings: Settings, name: str) -> None:
         self._settings = settings
         devices = slots(settings.devices)
+        # Looked up once: children that ask again may be told otherwise by an ailing driver.
+        os.environ["FLATLORA_DEVICES"] = ",".join(devices)
         paths = [settings.slots_dir / f"{index}.lock" for index in range(len(devices))]
         self._slots = [
             Slot(name_of(path), device) for path, device in zip(paths, devices, strict=True)
@@ -174,7 +176,7 @@ class Worker:
             Periodic("cleaner", settings.cleaning_seconds, cleaner.clean),
         ]
 
-    def run(self, draining: threading.Event) -> None:
+    def run(self, draining: SharedFlag) -> None:
         log.info("worker ready", slots=[slot.name for slot in self._slots])
         alive = self._settings.alive_file
         with ExitStack() as stack:
@@ -201,10 +203,9 @@ class Worker:
 
 
 def main() -> int:
-    die_with_parent()
     configure_logs()
     settings = get_settings()
-    draining = threading.Event()
+    draining = SharedFlag()  # a lock of an Event may be held when the signal comes
     make_private(settings.data_dir)
     try:
         with occupied(settings.data_dir / "worker.lock", None) as self_:

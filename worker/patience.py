@@ -20,35 +20,48 @@ LAST_TRIES_SECONDS = 20  # once the worker is to stop
 STORE_SECONDS = 15 * 60
 
 
+class Patience:
+    """Whether to go on: not for long once the worker is to stop, nor where nobody wants it."""
+
+    def __init__(self, draining: Draining, seconds: float, is_wanted: Callable[[], bool]) -> None:
+        self._draining = draining
+        self._ends = time.monotonic() + seconds
+        self._is_wanted = is_wanted
+
+    def is_over(self) -> bool:
+        now = time.monotonic()
+        if self._draining.is_set():
+            self._ends = min(self._ends, now + LAST_TRIES_SECONDS)
+        return now > self._ends or not self._is_wanted()
+
+
 def until_written(write: Callable[[], Value], draining: Draining) -> Value:
     """Call until the database has answered. A worker that is to stop gives up after a while.
 
     Every such write is fenced, so one whose answer was lost can be sent again: it changes nothing,
     and says that the lease is gone.
     """
-    return _insist(write, OUTAGES, lambda waited: draining.is_set() and waited > LAST_TRIES_SECONDS)
+    return _insist(write, OUTAGES, Patience(draining, float("inf"), lambda: True))
 
 
-def until_stored(store: Callable[[], Value], draining: Draining) -> Value:
-    """Call until the store has answered, for a quarter of an hour."""
-    return _insist(
-        store,
-        (Outage,),
-        lambda waited: waited > (LAST_TRIES_SECONDS if draining.is_set() else STORE_SECONDS),
-    )
+def until_stored(
+    store: Callable[[], Value], draining: Draining, is_wanted: Callable[[], bool] = lambda: True
+) -> Value:
+    """Call until the store has answered, for a quarter of an hour, or while it is wanted."""
+    return _insist(store, (Outage,), Patience(draining, STORE_SECONDS, is_wanted))
 
 
 def _insist(
     call: Callable[[], Value],
     outages: tuple[type[Exception], ...],
-    is_enough: Callable[[float], bool],
+    patience: Patience,
 ) -> Value:
     started, wait = time.monotonic(), FIRST_WAIT
     while True:
         try:
             value = call()
         except outages as error:
-            if is_enough(time.monotonic() - started):
+            if patience.is_over():
                 raise
             if wait == FIRST_WAIT:  # told of once
                 log.warning("an outage; trying until it is over", exc_info=error)

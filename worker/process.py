@@ -42,7 +42,7 @@ LOCK_SECONDS = 10  # for a killed trainer to be gone
 
 
 class FolderBusy(Exception):
-    """A trainer of an earlier attempt works in the job's folder and cannot be ended."""
+    """A trainer of another attempt works in the job's folder, and cannot or must not be ended."""
 
 
 class TrainerProcess:
@@ -57,7 +57,8 @@ class TrainerProcess:
         environment: Mapping[str, str] | None = None,
     ) -> None:
         """``environment`` is added to what every trainer gets."""
-        lock = _take_over(folder / LOCK_FILE)
+        fence = int((environment or {}).get("FLATLORA_FENCE", "0"))
+        lock = _take_over(folder / LOCK_FILE, fence)
         reading, writing = os.pipe()
         command = [sys.executable, "-P", "-m", module, task, str(folder), str(writing)]
         try:
@@ -72,7 +73,7 @@ class TrainerProcess:
                     env=_environment(task) | dict(environment or {}),
                     start_new_session=True,
                 )
-            os.pwrite(lock, f"{self._process.pid}\n".encode(), 0)
+            os.pwrite(lock, f"{self._process.pid} {fence}\n".encode(), 0)
         except BaseException:
             os.close(reading)
             raise
@@ -128,11 +129,11 @@ def _environment(task: Task) -> dict[str, str]:
     return passed | FIXED | ({} if task == "download" else OFFLINE)
 
 
-def _take_over(path: Path) -> int:
+def _take_over(path: Path, fence: int) -> int:
     """Lock the folder for a new trainer, which holds the lock for as long as it lives.
 
-    One that still holds it belongs to an older fence: its supervisor hangs, or lost its lease and
-    has not noticed. It has no right to run.
+    One of an older fence that still holds it has no right to run: its supervisor hangs, or has not
+    noticed that it lost its lease. Against one of a newer fence it is the caller who has lost it.
     """
     lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     deadline = time.monotonic() + LOCK_SECONDS
@@ -141,13 +142,16 @@ def _take_over(path: Path) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             with suppress(ValueError, ProcessLookupError):
-                os.killpg(int(os.pread(lock, 32, 0)), signal.SIGKILL)
+                pid, held_by = map(int, os.pread(lock, 64, 0).split())
+                if held_by > fence:
+                    break
+                os.killpg(pid, signal.SIGKILL)
             time.sleep(0.05)
         else:
             os.ftruncate(lock, 0)
             return lock
     os.close(lock)
-    raise FolderBusy(f"A trainer of an earlier attempt still works in {path.parent}.")
+    raise FolderBusy(f"A trainer of another attempt works in {path.parent}.")
 
 
 def out_of_memory_kills() -> int:

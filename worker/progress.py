@@ -9,7 +9,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from app.jobs.events import event
 from app.jobs.states import Phase, Status
-from app.tables import JobRow, MetricRow
+from app.tables import MetricRow
 from worker.claims import Claims, Lease
 from worker.pipe import Message
 
@@ -26,6 +26,7 @@ class Progress:
         self._metrics: list[dict[str, Any]] = []
         self._events: list[Insert] = []
         self._written_at = time.monotonic()
+        self._runtime = lease.runtime
         self.heard_at = time.monotonic()
         """When the trainer last said anything."""
 
@@ -66,12 +67,14 @@ class Progress:
         worked = time.monotonic() - self._written_at
         try:
             statements = [upsert_metric(self._claims.dialect, metric) for metric in metrics]
-            runtime = JobRow.runtime + worked
+            # Not added to the row's: an answer that is lost would count twice.
+            runtime = self._runtime + worked
             status = self._claims.beat(self._lease, [*statements, *events], runtime=runtime, **row)
         except BaseException:
             self._put_back(row, metrics, events)
             raise
         self._written_at += worked
+        self._runtime = runtime
         return status
 
     @property

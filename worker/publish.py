@@ -1,5 +1,6 @@
 """Publishing a checked adapter: files under their hashes, then the manifest, once."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,11 @@ from app.storage import ArtifactStore
 
 
 def publish(
-    store: ArtifactStore, job_id: str, folder: Path, result: dict[str, Any]
+    store: ArtifactStore,
+    job_id: str,
+    folder: Path,
+    result: dict[str, Any],
+    still_ours: Callable[[], object] = lambda: None,
 ) -> dict[str, Any]:
     """Store ``<folder>/adapter`` and return the manifest ``{job_id, adapter, result}``.
 
@@ -24,6 +29,7 @@ def publish(
     size = sum(path.stat().st_size for path in paths)
     adapter = {"files": files, "size": size}
     failpoint(Point.PUBLISH_AFTER_BLOBS)
+    still_ours()
     manifest = {"job_id": job_id, "adapter": adapter, "result": result}
     stored = store.put_manifest(job_id, manifest)
     failpoint(Point.PUBLISH_AFTER_MANIFEST)

@@ -29,13 +29,14 @@ from worker.process import FolderBusy, Task, TrainerProcess, out_of_memory_kills
 from worker.progress import Progress
 from worker.publish import publish
 from worker.trainer import DRAINED
-from worker.training.errors import JobError, PublishFailed, as_told
+from worker.training.errors import JobError, as_told
 from worker.watch import Draining, Stop, Watch
 
 Value = TypeVar("Value")
 
 log = structlog.get_logger()
 
+HANDOVER_SECONDS = 20  # that a drained job waits for its last checkpoint to be in the store
 UNFORESEEN = JobError("The worker met an error of its own.", "See the worker's log.")
 
 
@@ -130,26 +131,41 @@ class Supervisor:
                 self._yield_to(stop, lease)
                 outcome = INTERRUPTED[stop]
             except TrainerDied as error:
-                death = error
-                self._write(progress.flush)
-                self._write(lambda: self._claims.lose(lease, death.reason, str(death)))
-                outcome = death.reason
+                outcome = self._lose(lease, progress, error)
+            except Outage as error:
+                log.warning("the store was away for too long", exc_info=error)
+                gone = TrainerDied("had no store to work with", Reason.PUBLISH_FAILED)
+                outcome = self._lose(lease, progress, gone)
             except (SQLAlchemyError, LeaseLost):
                 raise  # nothing can be written now; the lease will run out
             except Exception as error:
-                self._write(progress.flush)
-                failure = as_told(error, unforeseen=UNFORESEEN)
-                if failure is UNFORESEEN:
-                    log.error("attempt failed", exc_info=error)
-                reason = Reason(failure.reason)
-                self._write(lambda: self._claims.fail(lease, reason, failure.message, failure.hint))
-                outcome = reason
+                outcome = self._fail(lease, progress, error)
             else:
                 self._write(progress.flush)
                 self._write(lambda: self._claims.succeed(lease, result=result, adapter=adapter))
                 outcome = "succeeded"
             self._forget_checkpoints(lease)
         return outcome
+
+    def _lose(self, lease: Lease, progress: Progress, death: "TrainerDied") -> str:
+        self._write(progress.flush)
+        self._write(lambda: self._claims.lose(lease, death.reason, str(death)))
+        return death.reason
+
+    def _fail(self, lease: Lease, progress: Progress, error: Exception) -> str:
+        failure = as_told(error, unforeseen=UNFORESEEN)
+        if failure is UNFORESEEN:
+            # Of this machine rather than of the job: others may do better, and this one pauses.
+            log.error("attempt failed", exc_info=error)
+            outcome = self._lose(
+                lease, progress, TrainerDied("could not be supervised", Reason.INTERNAL)
+            )
+            self._draining.wait(self._settings.retry_seconds)
+            return outcome
+        self._write(progress.flush)
+        reason = Reason(failure.reason)
+        self._write(lambda: self._claims.fail(lease, reason, failure.message, failure.hint))
+        return reason
 
     def _work(
         self, lease: Lease, progress: Progress, watch: Watch
@@ -166,7 +182,7 @@ class Supervisor:
         with traced("job.verify", lease):
             self._run("verify", folder, lease, progress, watch)
         with traced("job.publish", lease):
-            manifest = self._publish(folder, lease, result)
+            manifest = self._publish(folder, lease, watch, result)
         return manifest["result"], manifest["adapter"]
 
     def _fetch(self, folder: Path, lease: Lease, progress: Progress, watch: Watch) -> None:
@@ -180,10 +196,10 @@ class Supervisor:
             pin = partial(self._claims.pin, lease)
             self._fetcher.fetch(folder, lease, download, pin)
 
-        self._patient(fetch)
+        self._patient(fetch, watch)
         if self._settings.is_cluster:
             try:
-                self._patient(lambda: restore(self._store, lease, folder))
+                self._patient(lambda: restore(self._store, lease, folder), watch)
             except Damaged as error:  # the job begins anew, and is none the worse for it
                 log.warning("the checkpoint in the store cannot be used", exc_info=error)
 
@@ -202,17 +218,18 @@ class Supervisor:
                 return self._run("train", folder, lease, progress, watch, hear=hear)
             except (Interrupted, TrainerDied):
                 if watch.stop in {None, Stop.DRAIN}:
-                    handover.finish(self._settings.drain_grace_seconds)
+                    handover.finish(HANDOVER_SECONDS)
                 raise
 
-    def _publish(self, folder: Path, lease: Lease, result: dict[str, Any]) -> dict[str, Any]:
-        try:
-            return self._patient(lambda: publish(self._store, lease.job_id, folder, result))
-        except Outage as error:
-            raise PublishFailed(
-                "The artifact store did not take the adapter.",
-                "Check the store, then submit the job again.",
-            ) from error
+    def _publish(
+        self, folder: Path, lease: Lease, watch: Watch, result: dict[str, Any]
+    ) -> dict[str, Any]:
+        def still_ours() -> None:
+            self._claims.wish(lease)  # a manifest is for good: not from one who has lost the job
+
+        return self._patient(
+            lambda: publish(self._store, lease.job_id, folder, result, still_ours), watch
+        )
 
     def _run(
         self,
@@ -261,12 +278,13 @@ class Supervisor:
             return TrainerProcess(task, folder, *arguments, module=module, environment=environment)
         except FolderBusy as error:
             raise TrainerDied(
-                "could not start: one of an earlier attempt cannot be ended"
+                "could not start: one of another attempt works in its folder"
             ) from error
 
     def _environment(self, lease: Lease) -> dict[str, str]:
         """What the trainer of one attempt gets beside what every trainer gets."""
         described = {
+            "FLATLORA_DEVICE": self._device or "",
             "FLATLORA_JOB_ID": lease.job_id,
             "FLATLORA_ATTEMPT": str(lease.attempt),
             "FLATLORA_FENCE": str(lease.fence),
@@ -302,9 +320,18 @@ class Supervisor:
     def _write(self, write: Callable[[], Any]) -> None:
         until_written(write, self._draining)
 
-    def _patient(self, call: Callable[[], Value]) -> Value:
-        """Through outages of the database and of the store."""
-        return until_written(lambda: until_stored(call, self._draining), self._draining)
+    def _patient(self, call: Callable[[], Value], watch: Watch) -> Value:
+        """Through outages of the database and of the store, until somebody wants it to stop."""
+
+        def stored() -> Value:
+            try:
+                return until_stored(call, self._draining, lambda: watch.stop in {None, Stop.DRAIN})
+            except Outage as error:
+                if watch.stop:
+                    raise Interrupted from error
+                raise
+
+        return until_written(stored, self._draining)
 
     def _forget_checkpoints(self, lease: Lease) -> None:
         """Of a job that is over nobody goes on from one. What stays is found by the retention."""

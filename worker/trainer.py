@@ -12,6 +12,7 @@ and everywhere it leaves when its standard input is closed.
 """
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from worker.training.reporter import Wish
 DRAINED = 75  # EX_TEMPFAIL: try again later
 CANCELLED = 76
 FAILED = 1
+NO_DEVICE = 77
 
 log = logging.getLogger("worker.trainer")
 
@@ -97,8 +99,13 @@ def _download(
 
 
 def _train(folder: Path, reporter: PipeReporter, control: Signals) -> None:
+    import torch
+
     from worker.training.run import run
 
+    if os.environ.get("FLATLORA_DEVICE", "") not in {"", "cpu"} and not torch.cuda.is_available():
+        log.error("the GPU of this slot is not to be seen any more")  # never on the CPU instead
+        sys.exit(NO_DEVICE)
     reporter.result(run(read_job(folder), folder, reporter, control))
 
 

@@ -17,7 +17,7 @@ from types import FrameType
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.auth import ensure_key
-from app.cli.output import FAILED, OK, err, fail
+from app.cli.output import FAILED, OK, USAGE, err, fail
 from app.migrate import upgrade
 from app.settings import Settings
 from app.storage import make_private
@@ -88,7 +88,26 @@ def run_up(settings: Settings) -> int:
         return _run(settings, [Child(*API), Child(*DISPATCHER)])
 
 
+def check_cluster(settings: Settings) -> None:
+    """What machines must share, before one of them works alone without knowing."""
+    if not settings.is_cluster:
+        return
+    if not settings.store_url:
+        fail(
+            "the machines of a cluster share a store, and FLATLORA_STORE_URL is not set",
+            "Name a bucket (s3://…, gs://…, az://…), or a folder that all mount (file:///…).",
+            code=USAGE,
+        )
+    if settings.auth == "key" and settings.api_key is None:
+        fail(
+            "the APIs of a cluster share a key, and FLATLORA_API_KEY is not set",
+            "Set it to a long random string, such as flk_ and the output of openssl rand -hex 24.",
+            code=USAGE,
+        )
+
+
 def run_api(settings: Settings) -> int:
+    check_cluster(settings)
     return _run(settings, [Child(*API)])
 
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from app.cli.jobs import AsJson, connect
 from app.cli.output import FAILED, USAGE, fail, out, print_json
+from app.cli.up import check_cluster
 from app.settings import Settings, get_settings
 
 workers = typer.Typer(no_args_is_help=True, help="The workers of a cluster.")
@@ -36,6 +37,7 @@ def worker(
             "the whole service on this machine with `flatlora up`.",
             code=USAGE,
         )
+    check_cluster(settings)
     missing = [name for name in ("torch", "celery", "psycopg") if find_spec(name) is None]
     if missing:
         fail(

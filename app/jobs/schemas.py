@@ -194,6 +194,15 @@ class JobCreate(Body):
             raise ValueError("expected a commit, tag or branch, without '..'")
         return revision
 
+    def stored(self) -> dict[str, Any]:
+        """As the job's row keeps it: without what 0.1 does not know, where that says nothing."""
+        spec = self.model_dump(mode="json")
+        if spec["priority"] == JobCreate.model_fields["priority"].default:
+            del spec["priority"]
+        if spec["resources"]["max_queue_time"] is None:
+            del spec["resources"]["max_queue_time"]
+        return spec
+
     def resolved(self) -> "JobCreate":
         """The same job with every default that depends on another field written out."""
         training, lora = self.training, self.lora

@@ -203,7 +203,7 @@ def _new_row(spec: JobCreate) -> dict[str, Any]:
         "labels": spec.labels,
         "base_model": spec.base_model,
         "dataset_uri": spec.dataset_uri,
-        "spec": spec.model_dump(mode="json"),
+        "spec": spec.stored(),
         "status": Status.QUEUED,
         "traceparent": inject(),
         "priority": spec.priority,
@@ -256,9 +256,7 @@ def _fault(pointer: str, error: UriError) -> Fault:
 
 
 def _digest(spec: JobCreate) -> str:
-    return hashlib.sha256(
-        json.dumps(spec.model_dump(mode="json"), sort_keys=True).encode()
-    ).hexdigest()
+    return hashlib.sha256(json.dumps(spec.stored(), sort_keys=True).encode()).hexdigest()
 
 
 def _cursor(row: JobRow) -> str:

@@ -14,7 +14,7 @@ from app.failpoints import Point
 from tests.faults.cluster import Cluster
 from tests.faults.failpoints import Failpoints
 from tests.faults.nodes import Node, Worker
-from tests.faults.procs import end
+from tests.faults.procs import end, naming, send
 from tests.faults.proxy import Proxy
 from tests.faults.servers import Server
 from tests.faults.summary import count
@@ -26,7 +26,7 @@ Mend = Callable[[], None]
 GAP_SECONDS = 1.5  # between faults on average
 BURST, CALM_SECONDS = 8, 8  # after so many faults nothing breaks for a while, and work gets done
 RESTART_SECONDS = 0.5  # until a service manager starts again what has died
-STOP_SECONDS = 45  # that a worker may take to drain, whatever else is broken
+STOP_SECONDS = 60  # that a worker may take to drain, whatever else is broken
 TICK_SECONDS = 0.05
 LEASE_SECONDS = 3
 
@@ -96,6 +96,7 @@ class Chaos:
         for node in cluster.nodes:
             for name in both[0]:
                 node.environment[name] = "; ".join(points[name] for points in both)
+        self._log = folder / "chaos.log"
         self._mends: list[tuple[float, Mend]] = []
         self._down: set[Node | Server] = set()
         """What is not to be started yet."""
@@ -108,18 +109,30 @@ class Chaos:
         while (now := time.monotonic() - started) < seconds:
             if waiting and waiting[0].at <= now:
                 fault = waiting.popleft()
+                self._tell(fault)
                 if mend := getattr(self, fault.kind)(fault):
                     self._mends.append((time.monotonic() + fault.seconds, mend))
             self._mend_what_is_due()
             self._start_again()
             time.sleep(TICK_SECONDS)
 
+    def _tell(self, fault: Fault) -> None:
+        with self._log.open("a") as log:
+            moment = time.strftime("%H:%M:%S", time.gmtime())
+            log.write(f"{moment} {fault.kind} {fault.seconds:.1f} s, luck {fault.luck:.3f}\n")
+
     def calm(self) -> None:
         """No faults any more; returns when everything is there."""
-        self._mend_what_is_due(at_once=True)
+        while self._mends:  # one that drains is not through at once
+            self._mend_what_is_due(at_once=True)
+            time.sleep(TICK_SECONDS)
         for proxy in self._proxies():
             proxy.pass_through()
-        make_whole(self._cluster)
+        try:
+            make_whole(self._cluster)
+        except AssertionError:
+            there = [f"{node.name}: {node.tree()}" for node in self._cluster.nodes]
+            self.complaints.append(f"not everything is there after the last fault: {there}")
 
     def _mend_what_is_due(self, *, at_once: bool = False) -> None:
         now = float("inf") if at_once else time.monotonic()
@@ -196,7 +209,8 @@ class Chaos:
     def _see_end_of(self, worker: Worker, over: float) -> None:
         if not worker.is_running:
             self._down.discard(worker)
-            if worker.exit_code not in {0, -signal.SIGKILL}:  # killed by another fault
+            # Killed by another fault, or stopped while it was still starting.
+            if worker.exit_code not in {0, -signal.SIGKILL, -signal.SIGTERM}:
                 self.complaints.append(f"{worker.name} was stopped and ended {worker.exit_code}")
         elif time.monotonic() < over:
             self._mends.append((time.monotonic() + 0.2, lambda: self._see_end_of(worker, over)))
@@ -207,15 +221,15 @@ class Chaos:
 
     def freeze_worker(self, fault: Fault) -> Mend | None:
         for worker in pick(self._workers(), fault.luck):
-            index, pid = self._cluster.workers.index(worker), worker.pid
-            self._cluster.freeze(index)
-            return lambda: self._thaw(index, pid)
+            self._cluster.freeze(self._cluster.workers.index(worker))
+            return lambda: self._thaw(worker)
         return None
 
-    def _thaw(self, index: int, pid: int) -> None:
-        worker = self._cluster.workers[index]
-        if worker.is_running and worker.pid == pid:
-            self._cluster.thaw(index)
+    def _thaw(self, worker: Worker) -> None:
+        """The whole machine: also a process whose parent was killed while it was being born."""
+        self._cluster.thawed.append(time.time())
+        for process in naming(str(worker.data_dir)):
+            send(process.pid, signal.SIGCONT)
 
     # Servers
 

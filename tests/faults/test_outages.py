@@ -10,8 +10,6 @@ import pytest
 from tests.faults.cluster import Cluster
 from tests.faults.conftest import MakeCluster
 from tests.faults.nodes import Node
-from tests.faults.procs import is_alive
-from tests.faults.summary import FAULTS
 from tests.system.service import until
 
 PATIENT = {"FLATLORA_LEASE_SECONDS": "8", "FLATLORA_HEARTBEAT_SECONDS": "1"}
@@ -60,7 +58,7 @@ def pids(cluster: Cluster) -> list[int]:
     found = [node.pid for node in cluster.nodes]
     for worker in cluster.workers:
         found += [*worker.celery(), *worker.pool_children()]
-    return found
+    return sorted(found)
 
 
 class TestHalfALease:
@@ -101,14 +99,25 @@ class TestHalfALease:
         cluster.check()
 
 
-class TestFiveLeases:
+COMMITS = {
+    "claim": "job.running",
+    "end": "job.succeeded",
+    "requeue": "job.requeued",
+    "checkpoint": "job.checkpoint",
+}
+"""Transactions of a worker, each with the event that it writes."""
+
+
+class TestOneMachine:
+    """One cluster for all: each test finds it as good as new, or the one before has failed."""
+
     @pytest.fixture(scope="class")
     @staticmethod
     def cluster(shared: MakeCluster) -> Cluster:
-        return shared(workers=3)
+        return shared()
 
     @pytest.mark.parametrize("how", ["stopped", pytest.param("killed", marks=LONG)])
-    def test_without_postgres_jobs_write_a_checkpoint_and_go_on_afterwards(
+    def test_without_postgres_for_five_leases_jobs_write_a_checkpoint_and_go_on_afterwards(
         self, cluster: Cluster, how: str
     ) -> None:
         running, queued = self._submit(cluster)
@@ -124,7 +133,10 @@ class TestFiveLeases:
         assert ends.count("drain") >= len(running)
 
     @LONG
-    def test_without_a_network_jobs_go_on_afterwards(self, cluster: Cluster) -> None:
+    def test_without_a_network_for_five_leases_jobs_go_on_afterwards(
+        self, make_cluster: MakeCluster
+    ) -> None:
+        cluster = make_cluster(workers=3)
         running, queued = self._submit(cluster)
         before = pids(cluster)
         with network_faults([*cluster.workers]):
@@ -151,6 +163,83 @@ class TestFiveLeases:
             assert cluster.finish(job_id)["attempt"] == 1, requeued(cluster, job_id)
         assert cluster.submit(steps=1)
         cluster.settle()
+        cluster.check()
+
+    @pytest.mark.parametrize("what", COMMITS)
+    @pytest.mark.parametrize("times", [1, pytest.param(25, marks=LONG)])
+    def test_a_commit_whose_answer_is_lost_is_neither_lost_nor_done_twice(
+        self, cluster: Cluster, what: str, times: int
+    ) -> None:
+        proxy = cluster.workers[0].postgres
+        for _ in range(times):
+            before = proxy.faults
+            proxy.cut_after(COMMITS[what].encode(), b"COMMIT")
+            crashes = what == "requeue"
+            labels = {"crash_at": "7 first"} if crashes else {}
+            row = cluster.finish(job_id := cluster.submit(steps=8, labels=labels))
+            assert proxy.faults == before + 1
+            assert row["attempt"] == 1 + crashes, requeued(cluster, job_id)
+        cluster.check()
+
+    @pytest.mark.parametrize("times", [5, pytest.param(100, marks=LONG)])
+    def test_a_request_whose_answer_is_lost_gets_the_same_job_when_it_is_repeated(
+        self, cluster: Cluster, times: int
+    ) -> None:
+        proxy = cluster.api.postgres
+        for number in range(times):
+            key = f"key-{times}-{number}"
+            body = cluster.body(steps=1, labels={"key": key})
+            proxy.cut_after(key.encode(), b"COMMIT")
+            answer = cluster.post(body, key=key)
+            assert (answer.status_code, answer.json()["code"]) == (503, "database_unavailable")
+            answer = cluster.post(body, key=key)
+            assert answer.status_code == 202
+            assert answer.headers["Idempotent-Replayed"] == "true"
+            found = cluster.query("SELECT id FROM jobs WHERE labels->>'key' = %s", key)
+            assert found == [{"id": answer.json()["id"]}]
+        cluster.settle()
+        cluster.check()
+
+    def test_jobs_go_on_over_a_slow_network_to_postgres(self, cluster: Cluster) -> None:
+        for proxy in cluster.proxies("postgres"):
+            proxy.slow(48_000)
+        job_ids = [cluster.submit(steps=30, step_ms=30) for _ in range(2)]
+        for job_id in job_ids:
+            row = cluster.finish(job_id)
+            assert (row["attempt"], row["fence"]) == (1, 1), requeued(cluster, job_id)
+        for proxy in cluster.proxies("postgres"):
+            proxy.pass_through()
+        cluster.check()
+
+    @pytest.mark.parametrize("fault", ["stall", "half_open"])
+    def test_jobs_that_came_while_redis_was_silent_are_consumed_afterwards(
+        self, cluster: Cluster, fault: str
+    ) -> None:
+        for proxy in cluster.proxies("redis"):
+            getattr(proxy, fault)()
+        job_ids = [cluster.submit(steps=1) for _ in range(3)]
+        time.sleep(3)
+        assert all(cluster.row(job_id)["status"] == "queued" for job_id in job_ids)
+        for proxy in cluster.proxies("redis"):
+            proxy.pass_through()
+        for job_id in job_ids:
+            cluster.finish(job_id, seconds=25)
+        cluster.check()
+
+    def test_a_connection_to_redis_that_breaks_twenty_times_in_a_row_is_made_again(
+        self, cluster: Cluster
+    ) -> None:
+        proxy, before = cluster.workers[0].redis, pids(cluster)
+        for number in range(20):
+            until(lambda: proxy.connections)
+            if number % 5 == 0:
+                cluster.submit(steps=1)
+            proxy.cut()
+            proxy.pass_through()
+        last = cluster.submit(steps=1)
+        cluster.finish(last, seconds=15)
+        cluster.settle(seconds=15)
+        assert pids(cluster) == before
         cluster.check()
 
 
@@ -186,107 +275,4 @@ class TestSilence:
         cluster.freeze(frozen)
         row = cluster.finish(job_id, seconds=30)
         assert (row["attempt"], row["fence"]) == (2, 2)
-        cluster.check()
-
-
-COMMITS = {
-    "claim": "job.running",
-    "end": "job.succeeded",
-    "requeue": "job.requeued",
-    "checkpoint": "job.checkpoint",
-}
-"""Transactions of a worker, each with the event that it writes."""
-
-
-class TestLostAnswers:
-    """A commit is done and its answer is lost: it is neither lost nor done twice."""
-
-    @pytest.fixture(scope="class")
-    @staticmethod
-    def cluster(shared: MakeCluster) -> Cluster:
-        return shared()
-
-    @pytest.mark.parametrize("what", COMMITS)
-    @pytest.mark.parametrize("times", [1, pytest.param(25, marks=LONG)])
-    def test_a_worker_knows_what_became_of_its(
-        self, cluster: Cluster, what: str, times: int
-    ) -> None:
-        proxy = cluster.workers[0].postgres
-        for _ in range(times):
-            before = proxy.faults
-            proxy.cut_after(COMMITS[what].encode(), b"COMMIT")
-            crashes = what == "requeue"
-            labels = {"crash_at": "7 first"} if crashes else {}
-            row = cluster.finish(job_id := cluster.submit(steps=8, labels=labels))
-            assert proxy.faults == before + 1
-            assert row["attempt"] == 1 + crashes, requeued(cluster, job_id)
-        cluster.check()
-
-    @pytest.mark.parametrize("times", [5, pytest.param(100, marks=LONG)])
-    def test_a_request_that_is_repeated_gets_the_same_job(
-        self, cluster: Cluster, times: int
-    ) -> None:
-        proxy = cluster.api.postgres
-        for number in range(times):
-            key = f"key-{times}-{number}"
-            body = cluster.body(steps=1, labels={"key": key})
-            proxy.cut_after(key.encode(), b"COMMIT")
-            answer = cluster.post(body, key=key)
-            assert (answer.status_code, answer.json()["code"]) == (503, "database_unavailable")
-            answer = cluster.post(body, key=key)
-            assert answer.status_code == 202
-            assert answer.headers["Idempotent-Replayed"] == "true"
-            found = cluster.query("SELECT id FROM jobs WHERE labels->>'key' = %s", key)
-            assert found == [{"id": answer.json()["id"]}]
-        cluster.settle()
-        cluster.check()
-
-
-class TestSlowNetwork:
-    def test_jobs_go_on_over_a_slow_one(self, cluster: Cluster) -> None:
-        for proxy in cluster.proxies("postgres"):
-            proxy.slow(48_000)
-        job_ids = [cluster.submit(steps=30, step_ms=30) for _ in range(2)]
-        for job_id in job_ids:
-            row = cluster.finish(job_id)
-            assert (row["attempt"], row["fence"]) == (1, 1), requeued(cluster, job_id)
-        cluster.check()
-
-
-class TestRedis:
-    @pytest.fixture(scope="class")
-    @staticmethod
-    def cluster(shared: MakeCluster) -> Cluster:
-        return shared()
-
-    @pytest.mark.parametrize("fault", ["stall", "half_open"])
-    def test_jobs_that_came_while_it_was_silent_are_consumed_afterwards(
-        self, cluster: Cluster, fault: str
-    ) -> None:
-        for proxy in cluster.proxies("redis"):
-            getattr(proxy, fault)()
-        job_ids = [cluster.submit(steps=1) for _ in range(3)]
-        time.sleep(3)
-        assert all(cluster.row(job_id)["status"] == "queued" for job_id in job_ids)
-        for proxy in cluster.proxies("redis"):
-            proxy.pass_through()
-        for job_id in job_ids:
-            cluster.finish(job_id, seconds=25)
-        cluster.check()
-
-    def test_a_connection_that_breaks_twenty_times_in_a_row_is_made_again(
-        self, cluster: Cluster
-    ) -> None:
-        proxy = cluster.workers[0].redis
-        for number in range(20):
-            until(lambda: proxy.connections)
-            if number % 5 == 0:
-                cluster.submit(steps=1)
-            proxy.cut()
-            proxy.pass_through()
-        last = cluster.submit(steps=1)
-        cluster.finish(last, seconds=15)
-        cluster.settle(seconds=15)
-        assert is_alive(cluster.workers[0].pid)
-        assert FAULTS["redis cut"] >= 20
         cluster.check()

@@ -37,8 +37,8 @@ IDLE_SECONDS = 30  # that a slot may be idle while a job waits, after the last f
 LAST_SECONDS = 20
 ALLOWED_SECONDS = 1.0  # between the end of an attempt's right to run and its end
 ENVIRONMENT = {
-    "FLATLORA_MAX_ATTEMPTS": "10",  # a job that is hit again and again is not to blame
-    "FLATLORA_RETRY_SECONDS": "0.05",
+    "FLATLORA_MAX_ATTEMPTS": "40",  # a job that is hit again and again is not to blame
+    "FLATLORA_RETRY_SECONDS": "0",
     "FLATLORA_STALL_SECONDS": "120",
     "OMP_NUM_THREADS": "1",  # threads of several trainers would wait for each other
 }

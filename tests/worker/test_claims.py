@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -253,6 +254,14 @@ class TestBackOff:
             assert max(waits) - min(waits) > 0.01 * usual
             for job_id in jobs:
                 change(engine, job_id, available_at=now())
+
+    def test_it_ends_at_an_hour_however_many_attempts_a_job_is_given(self, engine: Engine) -> None:
+        claims = Claims(engine, worker="w1", lease_seconds=60, max_attempts=9999, retry_seconds=10)
+        job_id = add_job(engine)
+        lease = replace(claimed(claims), attempt=2000)
+        claims.lose(lease, Reason.WORKER_LOST, "died")
+        wait = seconds_from_now(engine, JobRow.available_at, JobRow.id == job_id)
+        assert 0.8 * 3600 - 5 < wait < 1.2 * 3600
 
     def test_others_go_first_meanwhile(self, engine: Engine) -> None:
         claims = Claims(engine, worker="w1", lease_seconds=60, max_attempts=3, retry_seconds=60)

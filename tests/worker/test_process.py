@@ -31,9 +31,9 @@ SECRETS = {
 }
 
 
-def script(folder: Path, then: str = "hang", **values: object) -> Path:
+def script(folder: Path, then: str = "hang", *, follows: bool = True) -> Path:
     folder.mkdir(exist_ok=True)
-    (folder / "script.json").write_text(json.dumps({"then": then, **values}))
+    (folder / "script.json").write_text(json.dumps({"then": then, "follows": follows}))
     return folder
 
 
@@ -101,6 +101,7 @@ class TestFolder:
 
     def test_also_one_whose_supervisor_is_gone_without_it(self, folder: Path) -> None:
         """As after a SIGKILL where the kernel cannot be asked to send it on."""
+        script(folder, follows=False)
         code = (
             "import os, sys; from pathlib import Path; from worker.process import TrainerProcess;"
             "trainer = TrainerProcess('train', Path(sys.argv[1]), module=sys.argv[2]);"
@@ -127,7 +128,7 @@ class TestFolder:
         code = (
             "import fcntl, os, signal, sys; os.setsid(); pid = os.getpid();"
             "lock = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT);"
-            "fcntl.flock(lock, fcntl.LOCK_EX); os.pwrite(lock, f'{pid}\\n'.encode(), 0);"
+            "fcntl.flock(lock, fcntl.LOCK_EX); os.pwrite(lock, f'{pid} 0\\n'.encode(), 0);"
             "child = os.fork();"
             "print(child, flush=True) if child else os.close(1);"
             "os._exit(0) if child else signal.pause()"
@@ -142,7 +143,7 @@ class TestFolder:
         monkeypatch.setattr(process, "LOCK_SECONDS", 0.2)
         with start(folder) as older:
             (folder / process.LOCK_FILE).write_text("")  # so that nobody knows whom to kill
-            with pytest.raises(FolderBusy, match=f"still works in {folder}"):
+            with pytest.raises(FolderBusy, match=f"works in {folder}"):
                 TrainerProcess("train", folder, module=MODULE)
             assert is_alive(older.pid)
 
@@ -162,7 +163,6 @@ class TestEnd:
         assert not is_alive(trainer.pid)
 
     def test_it_ends_with_its_supervisor(self, folder: Path) -> None:
-        script(folder, follows=True)
         code = (
             "import sys, time; from pathlib import Path; from worker.process import TrainerProcess;"
             "trainer = TrainerProcess('train', Path(sys.argv[1]), module=sys.argv[2]);"

@@ -102,7 +102,7 @@ def begin(tmp_path: Path) -> Begin:
         lease, draining = claimed(claims), threading.Event()
         folder = tmp_path / lease.job_id
         folder.mkdir()
-        (folder / "script.json").write_text(json.dumps({"then": then}))
+        (folder / "script.json").write_text(json.dumps({"then": then, "follows": True}))
         progress = Progress(claims, lease)
         with (
             Watch(settings, claims, lease, progress, draining) as watch,
@@ -273,7 +273,7 @@ class TestSeveral:
     ) -> None:
         claims = Claims(sqlite, worker="w1", lease_seconds=60, max_attempts=3)
         job_id = add_job(sqlite)
-        (tmp_path / "script.json").write_text('{"then": "deaf"}')
+        (tmp_path / "script.json").write_text('{"then": "deaf", "follows": true}')
         with watching(claims, claimed(claims), tmp_path) as watch:
             change(sqlite, job_id, fence=2)
             until(lambda: watch.stop, seconds=5)
