@@ -23,13 +23,13 @@ from celery.exceptions import InvalidTaskError
 from celery.worker.request import Request
 
 from app.broker import QUEUE, WAKE, make_celery
+from app.flag import SharedFlag
 from app.ids import is_id
 from app.logs import configure_logs
 from app.parent import die_with_parent, follow
 from app.settings import Settings, get_settings
 from app.tracing import configure_tracing
 from worker.devices import slots
-from worker.flag import SharedFlag
 from worker.slot import LOCK_SECONDS, Bench, occupied
 
 log = structlog.get_logger()

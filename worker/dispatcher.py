@@ -15,6 +15,7 @@ from types import FrameType
 import structlog
 
 from app.db import make_engine
+from app.flag import SharedFlag
 from app.logs import configure_logs
 from app.parent import die_with_parent
 from app.periodic import Periodic
@@ -22,7 +23,6 @@ from app.retention import Retention
 from app.settings import Settings, get_settings
 from app.storage import open_store
 from app.tracing import configure_tracing
-from worker.flag import SharedFlag
 from worker.metrics import prepare_metrics, serving_metrics
 from worker.reaper import Reaper
 from worker.slot import Bench, Slot, SlotTaken, occupied

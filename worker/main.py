@@ -21,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.broker import make_celery
 from app.db import make_engine
+from app.flag import SharedFlag
 from app.logs import configure_logs
 from app.outbox import Relay, send_wake_up
 from app.periodic import Periodic
@@ -29,7 +30,6 @@ from app.settings import Settings, get_settings
 from app.storage import make_private, open_store
 from worker.claims import Claims
 from worker.devices import slots
-from worker.flag import SharedFlag
 from worker.metrics import prepare_metrics, serving_metrics
 from worker.reaper import Reaper
 from worker.registry import Registry
@@ -105,12 +105,13 @@ class CeleryProcess:
             except subprocess.TimeoutExpired:
                 log.warning("celery did not drain in time and is killed")
                 self.kill()
+                self._process.wait()
 
     def kill(self) -> None:
-        if self._process:
+        """Does not wait: a handler that interrupts a wait would do so for ever (its lock)."""
+        if self._process and self._process.returncode is None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
 
 
 class Sweeper:

@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.auth import ensure_key
 from app.cli.output import FAILED, OK, USAGE, err, fail
+from app.flag import SharedFlag
 from app.migrate import upgrade
 from app.settings import Settings
 from app.storage import make_private
@@ -76,11 +76,12 @@ class Child:
             self.process.wait(seconds)
         except subprocess.TimeoutExpired:
             self.kill()
+            self.process.wait()
 
     def kill(self) -> None:
+        """Does not wait: a handler that interrupts a wait would do so for ever (its lock)."""
         if self.process:
             self.process.kill()
-            self.process.wait()
 
 
 def run_up(settings: Settings) -> int:
@@ -153,7 +154,7 @@ def _run(settings: Settings, children: list[Child]) -> int:
 
 
 def _serve(settings: Settings, children: list[Child]) -> int:
-    stopping = threading.Event()
+    stopping = SharedFlag()
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         if stopping.is_set():  # asked twice: do not wait for a checkpoint
@@ -168,7 +169,7 @@ def _serve(settings: Settings, children: list[Child]) -> int:
     return code
 
 
-def _tend(children: list[Child], stopping: threading.Event) -> int:
+def _tend(children: list[Child], stopping: SharedFlag) -> int:
     while not stopping.wait(TURN_SECONDS):
         for child in children:
             code = child.tend()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.cluster import SHORT, Cluster, Row
+from tests.faults.cluster import Cluster, Row
 from tests.faults.conftest import MakeCluster
 from tests.faults.journal import repeated_steps
 from tests.faults.procs import descendants, end, is_alive, send
@@ -17,7 +17,7 @@ from tests.faults.summary import count
 from tests.faults.whole import assert_clean, assert_no_orphans, hashes, holder_of, make_whole
 from tests.system.service import EXAMPLES, until
 
-LEASE_SECONDS = float(SHORT["FLATLORA_LEASE_SECONDS"])
+LEASE_SECONDS = 6.0
 BOUND = 1.25 * (LEASE_SECONDS + LEASE_SECONDS / 6)  # 75 s with a lease of a minute
 ORPHAN_SECONDS = 10
 JOB: dict[str, Any] = {"steps": 100, "checkpoint_steps": 5, "step_ms": 20}
@@ -35,7 +35,7 @@ class Unbroken:
 
 @pytest.fixture(scope="module")
 def cluster(shared_by_all: MakeCluster) -> Cluster:
-    return shared_by_all(workers=2)
+    return shared_by_all(workers=2, environment={"FLATLORA_LEASE_SECONDS": f"{LEASE_SECONDS}"})
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ class TestRealTrainer:
         """From the store alone: the machines share no folder, and the first stays dead."""
         cluster = make_cluster(
             workers=2,
-            environment={"FLATLORA_LEASE_SECONDS": "6", "FLATLORA_STALL_SECONDS": "120"},
+            environment={"FLATLORA_LEASE_SECONDS": f"{LEASE_SECONDS}"},
         )
         job: dict[str, Any] = {
             "labels": {"real": "1"},

@@ -59,6 +59,8 @@ class Report:
     resumed: int
     requests: dict[str, int]
     settled_after: float
+    hit_most: list[dict[str, Any]]
+    """Jobs that were claimed more often than any other."""
     violations: list[Violation] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -178,6 +180,10 @@ def _report(cluster: Cluster, rows: list[Row], wishes: Wishes) -> dict[str, Any]
         "steps_repeated": len(steps) - len(set(steps)),
         "resumed": sum(it["event"] == "resume" for it in executions),
         "requests": {"answered": wishes.answered, "met an outage": wishes.unanswered},
+        "hit_most": [
+            {name: row[name] for name in ("id", "labels", "status", "reason", "attempt", "fence")}
+            for row in sorted(rows, key=lambda row: -row["fence"])[:5]
+        ],
     }
 
 

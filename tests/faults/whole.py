@@ -19,6 +19,8 @@ def make_whole(cluster: Cluster) -> None:
         return is_whole(cluster)
 
     until(look, seconds=60, every=0.2)
+    for node in cluster.nodes:
+        node.wait_until_ready()
 
 
 def is_whole(cluster: Cluster) -> bool:

@@ -19,7 +19,6 @@ from tests.worker.jobs import (
     add_job,
     change,
     claimed,
-    event_types,
     expire,
     row,
     seconds_from_now,
@@ -282,31 +281,6 @@ class TestBackOff:
         else:
             claims.release(lease, "drained")
         assert claimed(claims).job_id == job_id
-
-
-class TestQueueDeadline:
-    def test_a_job_that_has_waited_for_too_long_fails_with_its_reason(
-        self, engine: Engine, claims: Claims
-    ) -> None:
-        late = add_job(engine, queue_deadline=now(-1))
-        others = [add_job(engine, queue_deadline=now(60)), add_job(engine)]
-        assert claims.expire() == 1
-        job = row(engine, late)
-        assert (job.status, job.reason) == (Status.FAILED, Reason.MAX_QUEUE_TIME)
-        assert job.finished_at is not None
-        assert job.hint == "Raise resources.max_queue_time, or start more workers."
-        assert event_types(engine, late) == ["job.failed"]
-        assert {row(engine, job_id).status for job_id in others} == {Status.QUEUED}
-        assert claims.expire() == 0
-
-    def test_one_that_has_ever_started_does_not(self, engine: Engine, claims: Claims) -> None:
-        running, back = (add_job(engine, queue_deadline=now(60)) for _ in range(2))
-        leases = [claimed(claims), claimed(claims)]
-        claims.release(leases[1], "drained")
-        for job_id in (running, back):
-            change(engine, job_id, queue_deadline=now(-1))
-        assert claims.expire() == 0
-        assert row(engine, back).status == Status.QUEUED
 
 
 class TestProgress:

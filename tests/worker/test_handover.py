@@ -122,14 +122,17 @@ class TestHandover:
     def test_the_row_never_points_backwards(
         self, engine: Engine, claims: Claims, lease: Lease, store: SlowStore, here: Path
     ) -> None:
+        store.taking = threading.Semaphore(0)
+        for step in (5, 10, 15):
+            write_checkpoint(here, step)
         with Handover(claims, store, lease, here) as handover:
-            for step in (10, 5, 10, 15):
-                if step > newest_step(here):
-                    write_checkpoint(here, step)
+            handover.take(5)
+            until(lambda: store.asked, seconds=10)
+            for step in (15, 10, 5):
                 handover.take(step)
-            handover.finish(10)
-        assert step_in_row(engine, lease) == 15
-        assert store.asked == sorted(set(store.asked))
+            store.taking.release(2)
+            until(lambda: step_in_row(engine, lease) == 15, seconds=10)
+        assert store.asked == [5, 15]
 
     def test_who_finishes_waits_for_the_newest_though_nobody_told_of_it(
         self, engine: Engine, claims: Claims, lease: Lease, store: SlowStore, here: Path

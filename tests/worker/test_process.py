@@ -99,6 +99,15 @@ class TestFolder:
             assert is_alive(newer.pid)
         assert older.wait() == -signal.SIGKILL
 
+    def test_one_of_a_later_attempt_is_left_alone(self, folder: Path) -> None:
+        """Whoever comes late has lost the job, and not noticed yet."""
+        with start(folder, FLATLORA_FENCE="3") as newer:
+            with pytest.raises(FolderBusy, match=f"works in {folder}"):
+                start(folder, FLATLORA_FENCE="2")
+            assert is_alive(newer.pid)
+            with start(folder, FLATLORA_FENCE="4"):
+                assert not is_alive(newer.pid)
+
     def test_also_one_whose_supervisor_is_gone_without_it(self, folder: Path) -> None:
         """As after a SIGKILL where the kernel cannot be asked to send it on."""
         script(folder, follows=False)
@@ -150,7 +159,7 @@ class TestFolder:
     def test_an_old_number_in_the_lock_kills_nobody(self, folder: Path) -> None:
         """Its process has ended, and another has the number now."""
         with subprocess.Popen(["sleep", "60"], start_new_session=True) as innocent:
-            (folder / process.LOCK_FILE).write_text(f"{innocent.pid}\n")
+            (folder / process.LOCK_FILE).write_text(f"{innocent.pid} 0\n")
             with start(folder):
                 assert innocent.poll() is None
             innocent.kill()

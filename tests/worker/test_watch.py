@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, select
 from sqlalchemy.exc import OperationalError
+from structlog.typing import EventDict
 
 from app.db import make_engine, now
 from app.jobs.states import Status
@@ -132,12 +133,16 @@ class TestHeartbeat:
             attempt.progress.take({"kind": "step", "step": 7, "total": 9, "metrics": {"loss": 1.0}})
             until(lambda: row(engine, attempt.lease.job_id).step == 7, seconds=5)
 
-    def test_one_that_fails_is_tried_again_in_time(self, sqlite: Engine, begin: Begin) -> None:
-        with begin(sqlite, makes=Unreachable, lease_seconds=2.4) as attempt:
+    def test_one_that_fails_is_tried_again_in_time(
+        self, sqlite: Engine, begin: Begin, logged: list[EventDict]
+    ) -> None:
+        options = {"lease_seconds": 9, "heartbeat_seconds": 0.2}
+        with begin(sqlite, makes=Unreachable, **options) as attempt:
             attempt.claims.is_away = True
-            time.sleep(1)
+            until(lambda: any(entry["event"] == "heartbeat failed" for entry in logged), seconds=6)
             attempt.claims.is_away = False
-            time.sleep(1.5)
+            change(sqlite, attempt.lease.job_id, lease_until=now())
+            until(lambda: count(sqlite, JobRow.lease_until > now(8)), seconds=6)
             assert attempt.watch.stop is None
             assert attempt.signals == {}
 
