@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from contextlib import ExitStack, suppress
+from datetime import datetime
 from types import FrameType
 
 import structlog
@@ -124,6 +125,7 @@ class Sweeper:
         self._registry = registry
         self._celery = celery
         self._in_vain = 0
+        self._newest_start: datetime | None = None
 
     def sweep(self) -> None:
         idle = self._registry.idle_slots()
@@ -133,6 +135,9 @@ class Sweeper:
             return
         for _ in range(late):
             send_wake_up(self._broker)
+        started, self._newest_start = self._newest_start, self._registry.newest_start()
+        if started != self._newest_start:  # it moves; a slot may be idle between two jobs
+            self._in_vain = 0
         self._in_vain += 1
         log.info("woke idle slots for jobs that wait", jobs=late)
         if self._in_vain > LATE_TURNS and self._celery.is_steady:

@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Engine, delete, func, select
@@ -64,6 +65,14 @@ class Registry:
                 .where(JobRow.worker.in_(names), JobRow.status.in_(HELD))
             )
         return len(names) - (held or 0)
+
+    def newest_start(self) -> datetime | None:
+        """When a job has last begun in one of this worker's slots."""
+        names = [slot.name for slot in self._slots]
+        with Session(self._engine) as session:
+            return session.scalar(
+                select(func.max(JobRow.started_at)).where(JobRow.worker.in_(names))
+            )
 
     def waiting_jobs(self, limit: int, *, for_seconds: float) -> int:
         """How many jobs, up to a limit, could have been taken for so long and were not."""
