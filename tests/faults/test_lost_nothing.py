@@ -41,7 +41,7 @@ def whole(cluster: Cluster) -> Iterator[None]:
 def messages(cluster: Cluster) -> int:
     """Wake-ups that wait in Redis."""
     with cluster.redis.client() as client:
-        return int(client.llen(QUEUE))  # type: ignore[arg-type]
+        return int(client.llen(QUEUE))
 
 
 def unsent(cluster: Cluster) -> int:
