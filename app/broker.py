@@ -4,17 +4,24 @@ Redis carries hints, never jobs: a message says that there is something to do, a
 gets it asks the database what. One that is lost costs a delay, one that comes twice nothing.
 """
 
+from typing import Any
+
 from celery import Celery
+from kombu.entity import Exchange, Queue
 
 WAKE = "flatlora.wake"
 QUEUE = "flatlora"
 
 
 def make_celery(broker_url: str) -> Celery:
+    exchange: Any = Exchange  # kombu says that it ships types, and ships few
+    queue: Any = Queue
     app = Celery("flatlora", broker=broker_url, set_as_current=False)
     app.conf.update(
-        # Acknowledged on delivery: with acks_late Redis hands a job of hours to a second worker
-        # when the visibility timeout ends, and keeps it from all until then if the first dies.
+        # Never acknowledged: with acks_late Redis hands a job of hours to a second worker when the
+        # visibility timeout ends, and keeps it from all until then if the first dies. And where a
+        # connection breaks before an acknowledgement, Celery consumes nothing any more.
+        task_queues=[queue(QUEUE, exchange(QUEUE), routing_key=QUEUE, no_ack=True)],  # the only one
         task_acks_late=False,
         # Else a wake-up waits behind a running job while another slot is idle.
         worker_prefetch_multiplier=1,
@@ -25,7 +32,7 @@ def make_celery(broker_url: str) -> Celery:
         # A message that holds more than plain values is refused, not unpickled.
         task_serializer="json",
         accept_content=["json"],
-        task_default_queue=QUEUE,  # the only one
+        task_default_queue=QUEUE,
         broker_transport_options={
             "visibility_timeout": 3600,
             "socket_timeout": 5,
@@ -41,7 +48,7 @@ def make_celery(broker_url: str) -> Celery:
         broker_channel_error_retry=True,  # else a Redis that is full ends Celery, and its jobs
         broker_pool_acquire_timeout=5,
         task_publish_retry=False,  # what cannot be sent stays in the outbox
-        # Early acknowledgement: a lost connection takes nothing back.
+        # A lost connection takes nothing back.
         worker_cancel_long_running_tasks_on_connection_loss=False,
         # The supervisor sets the limits; Celery's act outside prefork not at all, else by SIGKILL.
         task_time_limit=None,

@@ -105,6 +105,10 @@ class WakeUp(Request):  # type: ignore[misc] # Celery ships no types
             raise InvalidTaskError(f"not a wake-up: {error}") from error  # else Celery would end
         self.time_limits = (None, None)
 
+    def acknowledge(self) -> None:
+        """It was taken from Redis when it came (``app.broker``): there is nothing to tell."""
+        self.acknowledged = True
+
 
 def prepare(settings: Settings, draining: SharedFlag) -> Celery:
     """The Celery app with its one task."""

@@ -64,11 +64,12 @@ class Wishes:
 class Client:
     """Submits, cancels, asks, and sends some requests twice, in a thread, while the block lasts."""
 
-    def __init__(self, cluster: Cluster, seed: int, *, with_real: bool) -> None:
+    def __init__(self, cluster: Cluster, seed: int, *, is_long: bool) -> None:
+        """``is_long``: there is time for the real trainer, and for a crash at each attempt."""
         self.wishes = Wishes()
         self._cluster = cluster
         self._draw = random.Random(f"client {seed}")
-        self._with_real = with_real
+        self._is_long = is_long
         self._over = threading.Event()
         self._patient_until = float("inf")
         self._thread = threading.Thread(target=self._run, name="client", daemon=True)
@@ -160,7 +161,7 @@ class Client:
 
     def _body(self, number: int) -> Json:
         draw = self._draw
-        if self._with_real and number % REAL_EVERY == REAL_EVERY // 4:
+        if self._is_long and number % REAL_EVERY == REAL_EVERY // 4:
             return real_body()
         is_dry = draw.random() < 0.05
         return self._cluster.body(
@@ -186,7 +187,7 @@ class Client:
                 {"full_at": f"{step}"},
                 {"memory_at": f"{step}"},
             ],
-            weights=[80, 10, 4, 2, 2, 2],
+            weights=[80, 10, 4, 2 * self._is_long, 2, 2],
         )
         return labels[0]
 

@@ -95,9 +95,9 @@ def is_alive(pid: int) -> bool:
 
 def descendants(pid: int) -> list[Process]:
     """What a process has started, and what that has; parents before their children."""
-    processes, found, parents = living(), [], [pid]
+    found, parents = [], [pid]
     for parent in parents:
-        children = [process for process in processes.values() if process.parent == parent]
+        children = [process for child in _children(parent) if (process := _read(child))]
         found += children
         parents += [child.pid for child in children]
     return found
@@ -127,6 +127,16 @@ def send(pid: int, number: signal.Signals) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def _children(pid: int) -> list[Path]:
+    """Their folders; the kernel keeps a list for each thread."""
+    try:
+        threads = list(Path(f"/proc/{pid}/task").iterdir())
+    except OSError:
+        return []
+    words = b" ".join(_bytes(thread / "children") for thread in threads)
+    return [Path(f"/proc/{child.decode()}") for child in words.split()]
 
 
 def _read(folder: Path) -> Process | None:

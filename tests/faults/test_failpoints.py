@@ -2,6 +2,7 @@
 
 import ast
 import secrets
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,8 @@ from tests.faults.cluster import Cluster, Json
 from tests.faults.conftest import MakeCluster
 from tests.faults.failpoints import Failpoints
 from tests.faults.journal import repeated_steps
-from tests.faults.procs import is_alive
+from tests.faults.procs import is_alive, send
+from tests.faults.summary import count
 from tests.faults.whole import assert_clean, assert_no_orphans, make_whole
 from tests.system.service import ROOT, until
 
@@ -114,6 +116,17 @@ def pool_child_killed(stage: Stage, point: Point) -> str:
     return job_id
 
 
+def lease_run_out(stage: Stage, point: Point) -> str:
+    """The supervisor hangs, so that the worker's parent puts the job back."""
+    job_id = stage.train()
+    (child,) = stage.worker.pool_children(busy=True)
+    send(child, signal.SIGSTOP)
+    count("pool child frozen")
+    stage.failpoints.arm(point)
+    stage.failpoints.wait(point, seconds=60)
+    return job_id
+
+
 def worker_drained(stage: Stage, point: Point) -> str:
     """Its parent ends as if nothing had been."""
     job_id = stage.train()
@@ -156,6 +169,8 @@ OTHER_WAYS: list[tuple[Point, str, Schedule]] = [
     (Point.RELAY_AFTER_SEND, "worker", relayed_by_the_worker),
     (Point.REQUEUE_AFTER_COMMIT, "pool child", pool_child_killed),
     (Point.REQUEUE_AFTER_COMMIT, "pool child", worker_drained),
+    (Point.REQUEUE_BEFORE_COMMIT, "worker", lease_run_out),
+    (Point.REQUEUE_AFTER_COMMIT, "worker", lease_run_out),
 ]
 """Points that several processes come by, or by several ways."""
 

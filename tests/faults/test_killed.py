@@ -20,6 +20,17 @@ from tests.system.service import EXAMPLES, until
 LEASE_SECONDS = 6.0
 BOUND = 1.25 * (LEASE_SECONDS + LEASE_SECONDS / 6)  # 75 s with a lease of a minute
 ORPHAN_SECONDS = 10
+REAL_JOB: dict[str, Any] = {
+    "labels": {"real": "1"},
+    "base_model": f"file:{EXAMPLES / 'tiny-base'}",
+    "dataset_uri": f"file:{EXAMPLES / 'data' / 'train.jsonl'}",
+    "rank": 4,
+    "sigma": 0.05,
+    "lora": {"dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
+    "data": {"max_length": 192},
+    "training": {"max_steps": 20, "batch_size": 4, "checkpoint_steps": 5},
+    "evaluation": {"max_rows": 4, "every_steps": 10},
+}
 JOB: dict[str, Any] = {"steps": 100, "checkpoint_steps": 5, "step_ms": 20}
 
 VICTIMS = ["trainer", "pool child", "celery main", "worker parent", "worker parent, restarted"]
@@ -146,43 +157,6 @@ def assert_counted(cluster: Cluster, row: Row, what: str, told: str) -> None:
         assert not counted, f"{whys}: {told}"
 
 
-class TestRealTrainer:
-    def test_killed_on_one_machine_it_goes_on_on_another_to_the_same_bytes(
-        self, make_cluster: MakeCluster
-    ) -> None:
-        """From the store alone: the machines share no folder, and the first stays dead."""
-        cluster = make_cluster(
-            workers=2,
-            environment={"FLATLORA_LEASE_SECONDS": f"{LEASE_SECONDS}"},
-        )
-        job: dict[str, Any] = {
-            "labels": {"real": "1"},
-            "base_model": f"file:{EXAMPLES / 'tiny-base'}",
-            "dataset_uri": f"file:{EXAMPLES / 'data' / 'train.jsonl'}",
-            "rank": 4,
-            "sigma": 0.05,
-            "lora": {"dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
-            "data": {"max_length": 192},
-            "training": {"max_steps": 30, "batch_size": 4, "checkpoint_steps": 5},
-            "evaluation": {"max_rows": 4, "every_steps": 10},
-        }
-        unbroken = hashes(cluster.finish(cluster.submit(**job), seconds=120))
-        job_id = cluster.submit(**job)
-        row = cluster.wait(job_id, lambda row: row["checkpoint"] is not None, seconds=120)
-        holder = holder_of(cluster, job_id)
-        other = cluster.workers[1 - holder]
-        cluster.kill("worker parent", worker=holder)
-        checkpoint = cluster.row(job_id)["checkpoint"]
-        assert not (other.data_dir / "work" / job_id).exists()
-        row = cluster.finish(job_id, seconds=120)
-        assert hashes(row) == unbroken
-        resumed = [event for event in cluster.events(job_id) if event["type"] == "job.resumed"]
-        assert [event["data"]["step"] for event in resumed] == [checkpoint["step"]]
-        assert row["attempt"] == 2
-        cluster.check()
-        assert_no_orphans(cluster)
-
-
 class TestDrained:
     @pytest.fixture(autouse=True)
     def whole(self, cluster: Cluster) -> Iterator[None]:
@@ -224,7 +198,7 @@ class TestDrained:
         assert_clean(cluster, *job_ids)
         assert_no_orphans(cluster)
 
-    @pytest.mark.parametrize("step_ms", [20, 1000])
+    @pytest.mark.parametrize("step_ms", [20, pytest.param(1000, marks=pytest.mark.torture)])
     def test_also_where_a_service_manager_tells_every_process(
         self, cluster: Cluster, step_ms: int
     ) -> None:
@@ -240,9 +214,12 @@ class TestDrained:
         assert repeated_steps(cluster.executions(job_id)) == 0
         assert_clean(cluster, job_id)
 
-    def test_told_twice_it_ends_at_once(self, cluster: Cluster, unbroken: Unbroken) -> None:
-        """Its trainer does not listen; the job goes on from what was handed over."""
-        job_id = cluster.submit(**{**JOB, "steps": 150}, labels={"deaf": "1"})
+    @pytest.mark.parametrize(
+        "time_", [1, *(pytest.param(time_, marks=pytest.mark.torture) for time_ in range(2, 21))]
+    )
+    def test_told_twice_it_ends_at_once(self, cluster: Cluster, time_: int) -> None:
+        """Its trainer does not listen; the job goes on from its last checkpoint."""
+        job_id = cluster.submit(**JOB, labels={"deaf": "1"})
         cluster.wait(job_id, lambda row: row["checkpoint"] is not None)
         worker = cluster.workers[holder_of(cluster, job_id)]
         tree, told_at = worker.tree(), worker.log.stat().st_size
@@ -253,6 +230,7 @@ class TestDrained:
         count("worker drained")
         assert time.monotonic() - started < 5
         until(lambda: not any(is_alive(process.pid) for process in tree), seconds=5)
+        worker.start()
         cluster.finish(job_id)
         assert_clean(cluster, job_id)
 
@@ -260,6 +238,28 @@ class TestDrained:
         job_id = cluster.submit(**JOB)
         cluster.wait(job_id, lambda row: row["step"] >= 12)
         return job_id
+
+
+class TestRealTrainer:
+    def test_killed_on_one_machine_it_goes_on_on_another_to_the_same_bytes(
+        self, cluster: Cluster
+    ) -> None:
+        """From the store alone: the machines share no folder, and the first stays dead."""
+        make_whole(cluster)
+        unbroken = hashes(cluster.finish(cluster.submit(**REAL_JOB), seconds=120))
+        job_id = cluster.submit(**REAL_JOB)
+        cluster.wait(job_id, lambda row: row["checkpoint"] is not None, seconds=120)
+        holder = holder_of(cluster, job_id)
+        cluster.kill("worker parent", worker=holder)
+        checkpoint = cluster.row(job_id)["checkpoint"]
+        assert not (cluster.workers[1 - holder].data_dir / "work" / job_id).exists()
+        row = cluster.finish(job_id, seconds=120)
+        assert hashes(row) == unbroken
+        resumed = [event for event in cluster.events(job_id) if event["type"] == "job.resumed"]
+        assert [event["data"]["step"] for event in resumed] == [checkpoint["step"]]
+        assert (row["attempt"], row["fence"]) == (2, 2)
+        assert_clean(cluster, job_id)
+        assert_no_orphans(cluster)
 
 
 def where_it_ran(cluster: Cluster, job_id: str) -> list[int]:

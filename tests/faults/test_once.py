@@ -158,12 +158,33 @@ def envelope(body: str, content_type: str = "application/json", **headers: Any) 
 
 
 class TestMessages:
-    def test_one_that_is_none_may_end_celery_but_no_attempt(
-        self, make_cluster: MakeCluster
+    @pytest.fixture(scope="class")
+    @classmethod
+    def cluster(cls, shared: MakeCluster) -> Cluster:
+        """Nobody is woken but by the messages of these tests, and by those of requeued jobs."""
+        return shared(slots=2, environment={"FLATLORA_SWEEP_SECONDS": "300"})
+
+    def test_one_that_sets_a_time_limit_does_not_set_that_of_the_job(
+        self, cluster: Cluster
     ) -> None:
+        first, second, third = (cluster.submit(steps=100, step_ms=20) for _ in range(3))
+        with cluster.redis.client() as client:
+            until(lambda: client.llen(QUEUE), seconds=20)
+            client.delete(QUEUE)
+            wait = "UPDATE jobs SET available_at = %s WHERE id = %s AND status = 'queued'"
+            cluster.query(wait, "infinity", third)
+            cluster.finish(first)
+            cluster.finish(second)
+            cluster.query(wait, None, third)
+            client.lpush(QUEUE, envelope(json.dumps([[], {}, {}]), timelimit=[0.2, 0.2]))
+            count("message forged")
+        row = cluster.finish(third)
+        assert (row["attempt"], row["fence"]) == (1, 1)
+        cluster.check()
+
+    def test_one_that_is_none_may_end_celery_but_no_attempt(self, cluster: Cluster) -> None:
         """Kombu does not outlive it. Jobs are drained, and Celery is started again."""
-        cluster = make_cluster(slots=2)
-        running = cluster.submit(steps=300, step_ms=20)
+        running = cluster.submit(steps=150, step_ms=20)
         cluster.wait(running, lambda row: row["step"] >= 12)
         (celery,) = cluster.workers[0].celery()
         with cluster.redis.client() as client:
@@ -173,24 +194,6 @@ class TestMessages:
         row = cluster.finish(running)
         assert (row["attempt"], row["fence"]) == (1, 2)
         assert repeated_steps(cluster.executions(running)) == 0
-        cluster.check()
-
-    def test_one_that_sets_a_time_limit_does_not_set_that_of_the_job(
-        self, make_cluster: MakeCluster
-    ) -> None:
-        cluster = make_cluster(environment={"FLATLORA_SWEEP_SECONDS": "60"})
-        first, second = (cluster.submit(steps=100, step_ms=20) for _ in range(2))
-        with cluster.redis.client() as client:
-            until(lambda: client.llen(QUEUE), seconds=20)
-            client.delete(QUEUE)
-            wait = "UPDATE jobs SET available_at = %s WHERE id = %s AND status = 'queued'"
-            cluster.query(wait, "infinity", second)
-            cluster.finish(first)
-            cluster.query(wait, None, second)
-            client.lpush(QUEUE, envelope(json.dumps([[], {}, {}]), timelimit=[0.2, 0.2]))
-            count("message forged")
-        row = cluster.finish(second)
-        assert (row["attempt"], row["fence"]) == (1, 1)
         cluster.check()
 
 
@@ -217,7 +220,12 @@ class TestFrozen:
         assert row["attempt"] == 2
 
     @pytest.mark.parametrize(
-        "point", [Point.PUBLISH_AFTER_BLOBS, Point.PUBLISH_AFTER_MANIFEST, Point.END_BEFORE_COMMIT]
+        "point",
+        [
+            Point.PUBLISH_AFTER_MANIFEST,
+            pytest.param(Point.PUBLISH_AFTER_BLOBS, marks=pytest.mark.torture),
+            pytest.param(Point.END_BEFORE_COMMIT, marks=pytest.mark.torture),
+        ],
     )
     def test_so_is_one_that_was_about_to_publish(
         self, cluster: Cluster, failpoints: Failpoints, point: Point
@@ -248,32 +256,28 @@ class TestFrozen:
         assert_no_orphans(cluster)
         return after
 
-
-class TestFrozenSupervisor:
-    """It alone hangs, and its trainer does not know."""
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def cluster(cls, shared: MakeCluster) -> Cluster:
-        return shared(slots=2)
-
-    def test_the_next_attempt_on_the_machine_ends_its_trainer(self, cluster: Cluster) -> None:
-        (worker,) = cluster.workers
+    def test_a_supervisor_that_hangs_alone_finds_that_the_next_attempt_has_ended_its_trainer(
+        self, cluster: Cluster
+    ) -> None:
+        """On its own machine: there the two would write into one folder."""
         job_id = cluster.submit(steps=400, step_ms=20)
         cluster.wait(job_id, lambda row: row["step"] >= 12)
+        holder = holder_of(cluster, job_id)
+        worker = cluster.workers[holder]
+        cluster.freeze(1 - holder)
         (child,), (trainer,) = worker.pool_children(busy=True), worker.trainers(job_id)
         send(child, signal.SIGSTOP)
         count("pool child frozen")
         cluster.wait(job_id, lambda row: row["fence"] == 2, seconds=20)
         until(lambda: not is_alive(trainer), seconds=5)
         until(lambda: starts(cluster, job_id) == 2)
-        cluster.thawed.append(time.time())
+        cluster.thaw(1 - holder)
         send(child, signal.SIGCONT)
         assert cluster.finish(job_id)["attempt"] == 2
         first = [entry for entry in cluster.executions(job_id) if entry["fence"] == 1]
         second = [entry for entry in cluster.executions(job_id) if entry["fence"] == 2]
         assert first[-1]["at"] < second[0]["at"]
         assert first[-1]["at"] - first[0]["at"] > LEASE_SECONDS, "it went on without its supervisor"
-        cluster.check()
+        assert_clean(cluster, job_id)
         make_whole(cluster)
         assert is_alive(child)

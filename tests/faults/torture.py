@@ -31,7 +31,7 @@ from tests.faults.whole import hashes
 from tests.system.service import until
 
 WORKERS, SLOTS = 2, 2
-REAL_FROM_SECONDS = 60  # a shorter run has no time for the real trainer
+LONG_SECONDS = 60  # a shorter run has no time for the real trainer
 SETTLE_SECONDS = 240
 IDLE_SECONDS = 30  # that a slot may be idle while a job waits, after the last fault
 LAST_SECONDS = 20
@@ -89,10 +89,10 @@ def torture(folder: Path, seed: int, seconds: float) -> Report:
     before = FAULTS.copy()
     cluster = Cluster(folder / "cluster", workers=WORKERS, slots=SLOTS, environment=ENVIRONMENT)
     chaos = Chaos(cluster, folder / "points")
-    with_real = seconds >= REAL_FROM_SECONDS
+    is_long = seconds >= LONG_SECONDS
     with cluster:
-        twin = hashes(_unbroken(cluster)) if with_real else {}
-        with Client(cluster, seed, with_real=with_real) as client:
+        twin = hashes(_unbroken(cluster)) if is_long else {}
+        with Client(cluster, seed, is_long=is_long) as client:
             chaos.run(schedule(seed, seconds), seconds)
             chaos.calm()
         calm_at = time.monotonic()
