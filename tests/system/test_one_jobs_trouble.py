@@ -133,16 +133,15 @@ class TestDispatcherAlone:
         job_id = service.submit({**body, "dry_run": True})
         service.finish(job_id)
         service.stop()
-        dispatcher = subprocess.Popen(
+        with subprocess.Popen(
             [sys.executable, "-m", "worker.dispatcher"],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env=service.environment,
             cwd=service.folder,
-        )
-        assert dispatcher.stderr
-        line = json.loads(dispatcher.stderr.readline())
-        assert line["event"] == "dispatcher ready"
-        os.kill(dispatcher.pid, signal.SIGTERM)
-        assert dispatcher.wait(20) == 0
-        dispatcher.stderr.close()
+        ) as dispatcher:
+            assert dispatcher.stderr
+            lines = (json.loads(line)["event"] for line in dispatcher.stderr)
+            assert "dispatcher ready" in lines
+            os.kill(dispatcher.pid, signal.SIGTERM)
+            assert dispatcher.wait(20) == 0
