@@ -66,7 +66,7 @@ class TestJob:
 
 
 class TestRealTrainer:
-    @pytest.mark.slow
+    @pytest.mark.torture
     def test_a_label_makes_it_the_real_one(self, cluster: Cluster) -> None:
         job_id = cluster.submit(
             labels={"real": "1"},
@@ -125,7 +125,7 @@ class TestMachines:
         assert repeated_steps(cluster.executions(job_id)) == 0
         cluster.check()
 
-    @pytest.mark.slow
+    @pytest.mark.torture
     def test_a_frozen_worker_loses_its_job_to_another_and_is_refused_when_it_wakes(
         self, make_cluster: MakeCluster
     ) -> None:
