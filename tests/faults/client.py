@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 
 from tests.faults.cluster import Cluster, Row
-from tests.system.service import EXAMPLES
+from tests.system.service import example_job
 
 Json = dict[str, Any]
 
@@ -194,16 +194,12 @@ class Client:
 
 def real_body() -> Json:
     """Always the same, so that one unbroken run is the twin of all."""
-    return {
-        "base_model": f"file:{EXAMPLES / 'tiny-base'}",
-        "dataset_uri": f"file:{EXAMPLES / 'data' / 'train.jsonl'}",
-        "rank": 4,
-        "labels": {"real": "1"},
-        "lora": {"dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
-        "data": {"max_length": 128},
-        "training": {"max_steps": 16, "batch_size": 4, "checkpoint_steps": 2},
-        "evaluation": {"max_rows": 8, "every_steps": 8},
-    }
+    return example_job(
+        labels={"real": "1"},
+        data={"max_length": 128},
+        training={"max_steps": 16, "batch_size": 4, "checkpoint_steps": 2},
+        evaluation={"max_rows": 8, "every_steps": 8},
+    )
 
 
 def broken_wishes(wishes: Wishes, rows: list[Row], twin: Json) -> Iterator[tuple[str, str]]:

@@ -15,22 +15,16 @@ from tests.faults.journal import repeated_steps
 from tests.faults.procs import descendants, end, is_alive, send
 from tests.faults.summary import count
 from tests.faults.whole import assert_clean, assert_no_orphans, hashes, holder_of, make_whole
-from tests.system.service import EXAMPLES, until
+from tests.system.service import example_job, until
 
 LEASE_SECONDS = 6.0
 BOUND = 1.25 * (LEASE_SECONDS + LEASE_SECONDS / 6)  # 75 s with a lease of a minute
 ORPHAN_SECONDS = 10
-REAL_JOB: dict[str, Any] = {
-    "labels": {"real": "1"},
-    "base_model": f"file:{EXAMPLES / 'tiny-base'}",
-    "dataset_uri": f"file:{EXAMPLES / 'data' / 'train.jsonl'}",
-    "rank": 4,
-    "sigma": 0.05,
-    "lora": {"dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
-    "data": {"max_length": 192},
-    "training": {"max_steps": 20, "batch_size": 4, "checkpoint_steps": 5},
-    "evaluation": {"max_rows": 4, "every_steps": 10},
-}
+REAL_JOB = example_job(
+    labels={"real": "1"},
+    training={"max_steps": 20, "batch_size": 4, "checkpoint_steps": 5},
+    evaluation={"max_rows": 4, "every_steps": 10},
+)
 JOB: dict[str, Any] = {"steps": 100, "checkpoint_steps": 5, "step_ms": 20}
 
 VICTIMS = ["trainer", "pool child", "celery main", "worker parent", "worker parent, restarted"]

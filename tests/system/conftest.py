@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.system.service import EXAMPLES, Json, Service
+from tests.system.service import EXAMPLES, Json, Service, example_job
 
 
 @pytest.fixture
@@ -27,16 +27,10 @@ def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service
 @pytest.fixture
 def body() -> Json:
     """A job of some seconds, with a checkpoint every few steps."""
-    return {
-        "base_model": f"file:{EXAMPLES / 'tiny-base'}",
-        "dataset_uri": f"file:{EXAMPLES / 'data' / 'train.jsonl'}",
-        "rank": 4,
-        "sigma": 0.05,
-        "lora": {"dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
-        "data": {"max_length": 192},
-        "training": {"max_steps": 60, "batch_size": 4, "checkpoint_steps": 5},
-        "evaluation": {"max_rows": 8, "every_steps": 20},
-    }
+    return example_job(
+        training={"max_steps": 60, "batch_size": 4, "checkpoint_steps": 5},
+        evaluation={"max_rows": 8, "every_steps": 20},
+    )
 
 
 @pytest.fixture

@@ -20,6 +20,19 @@ Json = dict[str, Any]
 Value = TypeVar("Value")
 
 
+def example_job(**more: Any) -> Json:
+    """The smallest real job there is, on the example's model and rows."""
+    return {
+        "base_model": f"file:{EXAMPLES / 'tiny-base'}",
+        "dataset_uri": f"file:{EXAMPLES / 'data' / 'train.jsonl'}",
+        "rank": 4,
+        "sigma": 0.05,
+        "lora": {"dropout": 0.1, "target_modules": ["q_proj", "v_proj"]},
+        "data": {"max_length": 192},
+        **more,
+    }
+
+
 def until(look: Callable[[], Value], *, seconds: float = 60, every: float = 0.05) -> Value:
     """The first true value of a condition; fails when it does not come."""
     deadline = time.monotonic() + seconds
