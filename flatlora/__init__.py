@@ -1,5 +1,7 @@
 """Flat-LoRA in plain PyTorch: train a LoRA adapter in a flat region of the full weight space."""
 
+from typing import TYPE_CHECKING, Any
+
 from flatlora.config import FlatLoraConfig, Memory
 from flatlora.engine import FlatLora
 from flatlora.errors import AlreadyPerturbed, FlatLoraError, NoTargets, UnsupportedLayer
@@ -7,9 +9,13 @@ from flatlora.schedule import sigma_at
 from flatlora.sharpness import Sharpness, SharpnessPoint, sharpness
 from flatlora.targets import Target, find_targets
 
+if TYPE_CHECKING:
+    from flatlora.callback import FlatLoraCallback
+
 __all__ = [
     "AlreadyPerturbed",
     "FlatLora",
+    "FlatLoraCallback",
     "FlatLoraConfig",
     "FlatLoraError",
     "Memory",
@@ -22,3 +28,12 @@ __all__ = [
     "sharpness",
     "sigma_at",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the callback where it is asked for: the library itself needs no transformers."""
+    if name == "FlatLoraCallback":
+        from flatlora.callback import FlatLoraCallback
+
+        return FlatLoraCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -65,8 +65,13 @@ class FlatLora:
 
     @property
     def memory(self) -> MemoryMode:
-        """How noisy weights are kept; what ``"auto"`` chose."""
-        return self._perturbation.memory
+        """How noisy weights are kept at present; what ``"auto"`` chose."""
+        return self._perturbation.memory.mode
+
+    @property
+    def memory_reason(self) -> str:
+        """Why noisy weights are kept that way, in words."""
+        return self._perturbation.memory.reason
 
     def perturbed(self, step: int, draw: int | None = None) -> AbstractContextManager[None]:
         """Perturb the model inside a ``with`` block.

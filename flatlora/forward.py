@@ -3,109 +3,191 @@
 The forward is replaced on the layer's *instance*, so neither the class nor any other layer
 notices, and no weight is touched. Afterwards the instance is as it was: an attribute that was
 there before is back, and none is left behind that was not.
+
+A layer gets the same `NoisyForward` at every step: a compiled model, whose guards look at it, is
+compiled once for clean and once for noisy steps.
 """
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
-Product = Callable[[Tensor, Tensor | None], Tensor]
+from flatlora.experts import adapted_parameter, is_parameter_wrapper
+from flatlora.linear import LentForward, forward_slot, linear
+from flatlora.noise import LayerNoise
+from flatlora.quantised import QuantisedWeight
+from flatlora.streamed import register, streamed_linear
 
-
-@dataclass(frozen=True)
-class NoisyForward:
-    """The forward of a perturbed layer; its own class, so that a perturbed layer is known as one.
-
-    Attributes:
-        base: The frozen layer; its bias is read at each call, as it may be trained.
-        product: Computes ``x (W + noise)^T + bias`` from ``x`` and ``bias``.
-    """
-
-    base: nn.Module
-    product: Product
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """The layer's output for ``x``."""
-        return self.product(x, getattr(self.base, "bias", None))
+_NONE = object()
 
 
-def linear(
-    x: Float[Tensor, "*batch in"],
-    weight: Float[Tensor, "rows cols"],
-    bias: Float[Tensor, " out"] | None,
-    *,
-    transposed: bool,
-) -> Float[Tensor, "*batch out"]:
-    """What the frozen layer itself computes, with the same kernels, from a weight as stored.
+class NoisyForward(LentForward):
+    """A forward with noise, and the module that it is lent to.
 
     Args:
-        x: Input.
-        weight: Weight as stored, ``out x in`` or, if transposed, ``in x out``.
-        bias: Bias of the layer, if any; ``Conv1D`` always has one.
-        transposed: Whether the layer is a ``Conv1D``.
-
-    Returns:
-        ``x W^T + bias``.
+        noise: The noise of a target.
+        host: Module whose forward it replaces.
     """
-    if not transposed:
-        return nn.functional.linear(x, weight, bias)
-    assert bias is not None
-    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+
+    def __init__(self, noise: LayerNoise, host: nn.Module) -> None:
+        self.noise = noise
+        self.host: Any = host
+        self._before: object = _NONE
+
+    def lend(self) -> None:
+        """Let the layer compute this.
+
+        Where accelerate has hooked the layer (to move inputs between devices), its hook stays in
+        charge and only the original forward behind it is replaced.
+        """
+        attributes = vars(self.host)
+        slot = forward_slot(self.host)
+        self._before = attributes.get(slot, _NONE)
+        attributes[slot] = self
+
+    def take_back(self) -> None:
+        """Give the layer its own forward back; does nothing where it has it."""
+        attributes = vars(self.host)
+        slot = forward_slot(self.host)
+        if attributes.get(slot) is not self:
+            return
+        if self._before is _NONE:
+            del attributes[slot]
+        else:
+            attributes[slot] = self._before
 
 
-def forward_fault(base: nn.Module) -> str | None:
-    """Why the forward of a layer is not the matrix product that `linear` computes, or None."""
-    kind = type(base)
-    if kind.forward is not nn.Linear.forward and not _is_conv1d(base):
-        name = f"{kind.__module__}.{kind.__qualname__}"
-        return f"the base layer is a {name}; expected nn.Linear or transformers' Conv1D"
-    own = vars(base).get(_slot(base))
-    # accelerate leaves the class's own forward on the instance when it removes a hook
-    if own is None or isinstance(own, NoisyForward) or getattr(own, "__func__", 0) is kind.forward:
-        return None
-    return "the base layer's forward was replaced by other code"
+class NoisyLinear(NoisyForward):
+    """What a perturbed linear layer computes: ``x (W + noise)^T + bias``.
+
+    Args:
+        noise: The layer's noise; where it has a `LayerNoise.copy`, that is what is multiplied.
+    """
+
+    def __init__(self, noise: LayerNoise) -> None:
+        super().__init__(noise, noise.target.base)
+        self.transposed = noise.target.transposed
+        self._layer = register(noise)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer's output for ``x``; its bias is read at each call, as it may be trained."""
+        noise, bias = self.noise, getattr(self.host, "bias", None)
+        if noise.copy is not None:
+            return linear(x, noise.copy, bias, transposed=self.transposed)
+        return streamed_linear(x, self.host.weight, bias, noise.std, noise.clock, self._layer)
 
 
-def is_perturbed(base: nn.Module) -> bool:
-    """Whether a layer computes with a noisy weight at the moment."""
-    return isinstance(vars(base).get(_slot(base)), NoisyForward)
+class NoisyQuantised(NoisyForward):
+    """What a perturbed linear layer of bitsandbytes computes: ``x (W + noise)^T + bias``.
+
+    As such a layer does, it casts input and bias to the dtype that the layer computes in, and its
+    output back. In resident mode too it multiplies in the operator that streams: cast copies would
+    otherwise stay until the backward pass, once for each layer.
+
+    Args:
+        noise: The layer's noise.
+    """
+
+    def __init__(self, noise: LayerNoise, stored: QuantisedWeight) -> None:
+        super().__init__(noise, noise.target.base)
+        self.stored = stored
+        self._layer = register(noise)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The layer's output for ``x``, in its dtype."""
+        noise, bias, dtype = self.noise, self.host.bias, self.stored.computes_in(x)
+        out: Tensor = torch.ops.flatlora.noisy_linear(
+            x.to(dtype),
+            self.stored.tensor,
+            None if bias is None else bias.to(dtype),
+            noise.std,
+            noise.clock,
+            self._layer,
+        )
+        return out.to(x.dtype)
+
+
+class NoisyParameter(NoisyForward):
+    """What PEFT's wrapper of a perturbed parameter computes.
+
+    Its module reads ``W + noise + s B A``: the noise is a parametrization before PEFT's, for the
+    time of one forward pass. PEFT's has no use for its input in the backward pass, so streaming
+    writes the noisy parameter only once.
+
+    Args:
+        noise: The parameter's noise.
+    """
+
+    def __init__(self, noise: LayerNoise) -> None:
+        super().__init__(noise, noise.target.layer)
+        self.module, self.parameter = adapted_parameter(self.host)
+
+    def __call__(self, *args: Any, adapter_names: None = None, **kwargs: Any) -> Any:
+        """The output of the wrapped module; `ParamWrapper.forward` with noise."""
+        layer = self.host
+        layer._check_forward_args(*args, adapter_names=adapter_names, **kwargs)
+        adapters = [] if layer.disable_adapters else layer.active_adapters
+        with layer._activate_lora(adapters), self._noisy_input():
+            return layer.base_layer(*args, **kwargs)
+
+    @contextmanager
+    def _noisy_input(self) -> Iterator[None]:
+        """Let PEFT's parametrization be given the noisy parameter, or the module where none is."""
+        module, name = self.module, self.parameter
+        if not parametrize.is_parametrized(module, name):  # no adapter is active at the moment
+            with _registered(module, name, _Noise(self.noise, shared=False)):
+                yield
+            return
+        chain: Any = getattr(module.parametrizations, name)
+        chain.insert(0, _Noise(self.noise, shared=True))
+        try:
+            yield
+        finally:
+            del chain[0]
+
+
+class _Noise(nn.Module):
+    """The parametrization ``W`` to ``W + noise``.
+
+    Args:
+        noise: The parameter's noise.
+        shared: Whether the result may be the workspace, where the next parameter is written too.
+    """
+
+    def __init__(self, noise: LayerNoise, *, shared: bool) -> None:
+        super().__init__()
+        self.noise = noise
+        self.shared = shared
+
+    def forward(self, weight: Tensor) -> Tensor:
+        noise = self.noise
+        if noise.copy is not None:
+            return noise.copy
+        noisy = noise.write_to_workspace(weight, noise.std, noise.clock)
+        return noisy if self.shared else noisy.clone()
 
 
 @contextmanager
-def replaced_forward(forward: NoisyForward) -> Iterator[None]:
-    """Let a layer compute something else inside the block.
-
-    Where accelerate has hooked the layer (to move inputs between devices), its hook stays in
-    charge and only the original forward behind it is replaced.
-
-    Args:
-        forward: What the layer does inside the block.
-    """
-    slot, attributes = _slot(forward.base), vars(forward.base)
-    missing = slot not in attributes
-    before = attributes.get(slot)
-    attributes[slot] = forward
+def _registered(module: nn.Module, name: str, parametrization: nn.Module) -> Iterator[None]:
+    parametrize.register_parametrization(module, name, parametrization, unsafe=True)
     try:
-        yield
+        with parametrize.cached():
+            yield
     finally:
-        if missing:
-            del attributes[slot]
-        else:
-            attributes[slot] = before
+        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
 
 
-def _slot(base: nn.Module) -> str:
-    """Where the layer's own forward is: accelerate keeps it in ``_old_forward`` behind a hook."""
-    return "_old_forward" if "_hf_hook" in vars(base) else "forward"
+def noisy_forward(noise: LayerNoise) -> NoisyForward:
+    """How a target computes with its noisy weight, by the target's kind."""
+    if is_parameter_wrapper(noise.target.layer):
+        return NoisyParameter(noise)
+    if isinstance(noise.target.stored, QuantisedWeight):
+        return NoisyQuantised(noise, noise.target.stored)
+    return NoisyLinear(noise)
 
 
-def _is_conv1d(base: nn.Module) -> bool:
-    # looked up, not imported: a model can only hold one if its module is loaded
-    module = sys.modules.get("transformers.pytorch_utils")
-    conv1d = getattr(module, "Conv1D", None)
-    return conv1d is not None and isinstance(base, conv1d) and type(base).forward is conv1d.forward
+__all__ = ["NoisyForward", "noisy_forward"]

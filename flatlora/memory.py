@@ -3,32 +3,67 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
+from flatlora.config import Memory
+from flatlora.parallel import is_sharded
 from flatlora.targets import Target
 
 MemoryMode = Literal["resident", "streamed"]
 
 
-def choose_memory(targets: Sequence[Target]) -> MemoryMode:
+class MemoryChoice(NamedTuple):
+    """A memory mode and the reason for it."""
+
+    mode: MemoryMode
+    reason: str
+
+
+def choose_memory(targets: Sequence[Target]) -> MemoryChoice:
     """Resident if every device can hold its targets' copies in half of its free memory.
 
     The other half is left to activations and optimizer state, which are mostly not there yet when
-    the engine is built. Streamed where the free memory is not known.
+    the engine is built. Streamed where the free memory is not known, or weights are sharded.
 
     Args:
         targets: The layers to be perturbed.
 
     Returns:
-        The memory mode.
+        The memory mode and why.
     """
+    if sharded := _count_sharded(targets):
+        return MemoryChoice(
+            "streamed", f"{sharded} weights are sharded, and a copy would be of a whole one"
+        )
     needed: Counter[torch.device] = Counter()
     for target in targets:
-        needed[target.weight.device] += target.weight.nbytes
-    fits = all(size <= free_memory(device) // 2 for device, size in needed.items())
-    return "resident" if fits else "streamed"
+        stored = target.stored
+        needed[stored.tensor.device] += stored.shape.numel() * stored.dtype.itemsize
+    for device, size in needed.items():
+        free = free_memory(device)
+        if size > free // 2:
+            return MemoryChoice(
+                "streamed",
+                f"copies of {_gib(size)} do not fit in half of the {_gib(free)} free on {device}",
+            )
+    sizes = ", ".join(f"{_gib(size)} on {device}" for device, size in needed.items())
+    return MemoryChoice("resident", f"copies of {sizes} fit in half of the free memory")
+
+
+def check_memory(memory: Memory, targets: Sequence[Target]) -> None:
+    """Check that a mode that was asked for can be had.
+
+    Raises:
+        ValueError: If resident copies were asked for, and weights are sharded.
+    """
+    if memory == "resident" and (sharded := _count_sharded(targets)):
+        raise ValueError(
+            f"memory is 'resident', but {sharded} of {len(targets)} targets have a sharded weight: "
+            "every rank would keep whole copies of what sharding divides; "
+            "set memory to 'streamed' or 'auto'"
+        )
 
 
 def free_memory(device: torch.device) -> int:
@@ -43,3 +78,11 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cpu" and "SC_AVPHYS_PAGES" in os.sysconf_names:  # Linux
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return 0
+
+
+def _count_sharded(targets: Sequence[Target]) -> int:
+    return sum(is_sharded(target.weight) for target in targets)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"

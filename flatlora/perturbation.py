@@ -4,23 +4,24 @@ The base weights are never written to. A perturbed layer reads a noisy copy of i
 kept for the step (resident) or made for each use (streamed).
 """
 
+import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from flatlora import ops
 from flatlora.config import Memory
 from flatlora.errors import AlreadyPerturbed
-from flatlora.forward import NoisyForward, Product, is_perturbed, linear, replaced_forward
-from flatlora.memory import MemoryMode, choose_memory
-from flatlora.streamed import Workspace, streamed_linear
-from flatlora.targets import Target, require_unchanged
+from flatlora.forward import NoisyForward, noisy_forward
+from flatlora.linear import is_perturbed
+from flatlora.memory import MemoryChoice, check_memory, choose_memory
+from flatlora.noise import Clocks, LayerNoise, Workspace
+from flatlora.sharded import ShardedStrength
+from flatlora.sweeping import SweptLayers
+from flatlora.targets import Target, layer_state, require_unchanged
 
 _WORD = 2**32
+_log = logging.getLogger(__name__)
 
 
 class Perturbation:
@@ -28,21 +29,31 @@ class Perturbation:
 
     Attributes:
         targets: The layers that are perturbed, ordered by name.
-        memory: How noisy weights are kept, as asked for or as chosen.
+        memory: How noisy weights are kept, as asked for or as chosen, and why.
     """
 
     def __init__(self, targets: tuple[Target, ...], *, seed: int, memory: Memory) -> None:
+        check_memory(memory, targets)
         self.targets = targets
-        self.memory: MemoryMode = choose_memory(targets) if memory == "auto" else memory
-        self._keys = {target.name: ops.noise_key(seed, target.name) for target in targets}
-        self._square_norms: dict[str, Tensor] = {}
-        self._copies: dict[str, Tensor] = {}
-        self._workspace = Workspace(targets)
+        self._auto = memory == "auto"
+        self.memory = choose_memory(targets) if memory == "auto" else MemoryChoice(memory, "as set")
+        _log.info("flatlora keeps noisy weights %s: %s", *self.memory)
+        workspace = Workspace(targets)
+        self._noises = [LayerNoise(target, seed=seed, workspace=workspace) for target in targets]
+        self._forwards: list[NoisyForward] = [noisy_forward(noise) for noise in self._noises]
+        self._sharded = ShardedStrength(targets)
+        self._clocks = Clocks()
+        self._swept = SweptLayers(self._noises, self._clocks)
+        self._states: list[tuple[object, ...]] = []
         self._active = False
 
     @contextmanager
     def applied(self, sigma: float, *, step: int, draw: int = 0) -> Iterator[None]:
         """Perturb all targets inside the block.
+
+        In ``"auto"`` mode memory that runs out is answered by streaming from there on. Where it
+        runs out inside the block, the error passes on, as what the block did is lost; entering it
+        again, for the same step, needs less.
 
         Args:
             sigma: Strength; with ``0`` no layer is touched.
@@ -57,64 +68,63 @@ class Perturbation:
         """
         if not (0 <= step < _WORD and 0 <= draw < _WORD):
             raise ValueError(f"step and draw must be in [0, 2**32), got step={step}, draw={draw}")
-        if self._active or any(is_perturbed(target.base) for target in self.targets):
+        if self._active or any(is_perturbed(forward.host) for forward in self._forwards):
             raise AlreadyPerturbed(
                 "the model is perturbed already: leave one perturbation before entering the next"
             )
-        require_unchanged(self.targets)
+        self._require_unchanged()
         self._active = True
         try:
-            with ExitStack() as stack:
-                if sigma > 0:
-                    for forward in self._forwards(sigma, step, draw):
-                        stack.enter_context(replaced_forward(forward))
-                yield
+            if sigma > 0:
+                self._write(sigma, step, draw)
+                for forward in self._forwards:
+                    forward.lend()
+            yield
+        except torch.OutOfMemoryError as error:
+            if self._stream_instead("memory ran out inside the block"):
+                error.add_note(
+                    "flatlora has freed its noisy copies and streams from now on: "
+                    "enter the same step again, it needs less memory"
+                )
+            raise
         finally:
+            for forward in self._forwards:
+                forward.take_back()
             self._active = False
 
-    def _forwards(self, sigma: float, step: int, draw: int) -> list[NoisyForward]:
-        forwards = []
-        for target in self.targets:
-            stream = ops.Stream(self._keys[target.name], step, draw)
-            product = self._product(target, self._std(target, sigma), stream)
-            forwards.append(NoisyForward(target.base, product))
-        return forwards
+    def _require_unchanged(self) -> None:
+        states = [layer_state(target) for target in self.targets]
+        if states != self._states:
+            require_unchanged(self.targets)
+            self._states = states
 
-    def _product(
-        self, target: Target, std: Float[Tensor, "#rows #cols"], stream: ops.Stream
-    ) -> Product:
-        weight, transposed = target.weight, target.transposed
-        if self.memory == "resident":
-            noisy = ops.noisy_copy(weight, std, stream, out=self._copy_of(target))
-            return lambda x, bias: linear(x, noisy, bias, transposed=transposed)
-        product = partial(streamed_linear, workspace=self._workspace, transposed=transposed)
-        return lambda x, bias: product(x, weight, bias, std, stream)
+    def _write(self, sigma: float, step: int, draw: int) -> None:
+        """Everything that a step needs before its first forward pass."""
+        sharded = self._sharded.std(sigma)
+        self._clocks.set(step, draw)
+        resident = self.memory.mode == "resident" and self._allocate_copies()
+        for noise in self._swept.write(sigma, copies=resident):
+            clock = self._clocks.on(noise.target.stored.tensor.device)
+            noise.set(sigma, clock, sharded.get(noise.target.name))
+            if resident:
+                noise.write_copy()
 
-    def _std(self, target: Target, sigma: float) -> Float[Tensor, "#rows #cols"]:
-        weight = target.weight
-        with torch.autocast(weight.device.type, enabled=False):  # norms keep their precision
-            square_norm = self._square_norms.get(target.name)
-            if square_norm is None:  # once per run: the base weight is frozen
-                square_norm = ops.row_square_norm(weight, transposed=target.transposed)
-            self._square_norms[target.name] = square_norm = square_norm.to(weight.device)
-            return ops.merged_row_std(
-                weight,
-                square_norm,
-                target.lora_a,
-                target.lora_b,
-                scaling=target.scaling,
-                sigma=sigma,
-                transposed=target.transposed,
-            )
+    def _allocate_copies(self) -> bool:
+        try:
+            for noise in self._noises:
+                noise.allocate_copy()
+        except torch.OutOfMemoryError:
+            if not self._stream_instead("memory ran out while copies were made"):
+                raise
+            return False
+        return True
 
-    def _copy_of(self, target: Target) -> Float[Tensor, "rows cols"]:
-        """The target's buffer, the same at every step.
-
-        Writing the next step's weight to it raises its version, so that autograd refuses a graph
-        of an earlier step rather than computing with the wrong noise.
-        """
-        weight, copy = target.weight, self._copies.get(target.name)
-        if copy is None or copy.device != weight.device or copy.dtype != weight.dtype:
-            copy = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-            self._copies[target.name] = copy
-        return copy
+    def _stream_instead(self, reason: str) -> bool:
+        """Give the copies up, where the mode was left to us; whether that was so."""
+        if not self._auto or self.memory.mode == "streamed":
+            return False
+        for noise in self._noises:
+            noise.copy = None
+        self.memory = MemoryChoice("streamed", reason)
+        _log.warning("flatlora streams noisy weights from now on: %s", reason)
+        return True

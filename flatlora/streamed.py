@@ -1,70 +1,47 @@
 """Multiply by a noisy weight that is written anew for every use.
 
 For a frozen weight the input's gradient is ``grad (W + noise)`` and needs neither the input nor
-the noisy weight of the forward pass: the noise is a pure function of its stream, so the backward
+the noisy weight of the forward pass: the noise is a pure function of its address, so the backward
 pass writes the same noisy weight again.
+
+The product is a torch custom operator, so that ``torch.compile`` takes it as one opaque step and a
+CUDA graph can capture it. What an operator cannot take as an argument, the layer's noise, is
+looked up by its tag: text, because a compiled graph takes text for a constant and numbers for
+variables.
 """
 
-from collections.abc import Sequence
+import itertools
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from flatlora import ops
-from flatlora.forward import linear
-from flatlora.targets import Target
+from flatlora.linear import linear
+from flatlora.noise import LayerNoise
+
+_layers: "WeakValueDictionary[str, LayerNoise]" = WeakValueDictionary()
+_numbers = itertools.count()
 
 
-class Workspace:
-    """One buffer for each device and dtype, as large as the largest weight of that dtype.
+def register(noise: LayerNoise) -> str:
+    """Give a layer's noise the tag that `streamed_linear` takes.
 
-    All layers write their noisy weight to it in turn, and a weight is used before the next is
-    written: work on one device runs in order.
+    The registry keeps nothing alive.
     """
-
-    def __init__(self, targets: Sequence[Target]) -> None:
-        self._sizes: dict[torch.dtype, int] = {}
-        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        for weight in (target.weight for target in targets):
-            self._sizes[weight.dtype] = max(weight.numel(), self._sizes.get(weight.dtype, 0))
-
-    def noisy(
-        self,
-        weight: Float[Tensor, "rows cols"],
-        std: Float[Tensor, "#rows #cols"],
-        stream: ops.Stream,
-    ) -> Float[Tensor, "rows cols"]:
-        """Write a noisy weight; it is valid until the next call.
-
-        Args:
-            weight: Frozen weight as stored.
-            std: Standard deviation of its noise.
-            stream: Address of its noise.
-
-        Returns:
-            ``W + noise``, a view of the workspace.
-        """
-        place = (weight.device, weight.dtype)
-        if place not in self._buffers:
-            self._buffers[place] = torch.empty(
-                self._sizes[weight.dtype], dtype=weight.dtype, device=weight.device
-            )
-        out = self._buffers[place][: weight.numel()].view(weight.shape)
-        return ops.noisy_copy(weight, std, stream, out=out)
+    tag = f"{noise.target.name}#{next(_numbers)}"
+    _layers[tag] = noise
+    return tag
 
 
 def streamed_linear(
     x: Float[Tensor, "*batch in"],
-    weight: Float[Tensor, "rows cols"],
+    weight: Shaped[Tensor, "..."],
     bias: Float[Tensor, " out"] | None,
     std: Float[Tensor, "#rows #cols"],
-    stream: ops.Stream,
-    *,
-    workspace: Workspace,
-    transposed: bool,
+    clock: Int64[Tensor, "2"],
+    layer: str,
 ) -> Float[Tensor, "*batch out"]:
     """`linear` with the noisy weight, keeping neither that weight nor the input for backward.
 
@@ -72,50 +49,82 @@ def streamed_linear(
 
     Args:
         x: Input.
-        weight: Frozen weight as stored; gets no gradient.
+        weight: What the layer stores; gets no gradient.
         bias: Bias of the layer, if any; gets a gradient if it asks for one.
         std: Standard deviation of the noise.
-        stream: Address of the noise.
-        workspace: Where noisy weights are written.
-        transposed: Whether the layer is a ``Conv1D``.
+        clock: Step and draw.
+        layer: Tag of the layer's noise, see `register`.
 
     Returns:
         ``x (W + noise)^T + bias``.
+
+    Raises:
+        RuntimeError: If the input has not the weight's dtype, outside autocast.
     """
-    out: Tensor = _StreamedLinear.apply(  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        x, weight, bias, std, stream, workspace, transposed
-    )
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+    elif x.dtype != weight.dtype:
+        raise RuntimeError(f"the input is {x.dtype}, but the layer's weight {weight.dtype}")
+    out: Tensor = torch.ops.flatlora.noisy_linear(x, weight, bias, std, clock, layer)
     return out
 
 
-class _StreamedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        std: Tensor,
-        stream: ops.Stream,
-        workspace: Workspace,
-        transposed: bool,
-    ) -> Tensor:
-        # W and std exist anyway; saving them lets autograd notice if either is written to
-        ctx.save_for_backward(weight, std)
-        ctx.stream, ctx.workspace, ctx.transposed = stream, workspace, transposed
-        ctx.x_dtype, ctx.bias_dtype = x.dtype, None if bias is None else bias.dtype
-        return linear(x, workspace.noisy(weight, std, stream), bias, transposed=transposed)
+@torch.library.custom_op("flatlora::noisy_linear", mutates_args=())
+def _noisy_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, std: Tensor, clock: Tensor, layer: str
+) -> Tensor:
+    noise = _layers[layer]
+    with torch.autocast(x.device.type, enabled=False):
+        noisy = _noisy_weight(noise, weight, std, clock).to(x.dtype)
+        return linear(x, noisy, bias, transposed=noise.target.transposed)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, std = ctx.saved_tensors
-        grad_x = grad_bias = None
-        # The gradient already has the dtype that the forward computed in, autocast or not.
-        with torch.autocast(grad.device.type, enabled=False):
-            if ctx.needs_input_grad[0]:
-                noisy = ctx.workspace.noisy(weight, std, ctx.stream).to(grad.dtype)
-                grad_x = (grad @ (noisy.T if ctx.transposed else noisy)).to(ctx.x_dtype)
-            if ctx.needs_input_grad[2]:
-                grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
-        return grad_x, None, grad_bias, None, None, None, None
+
+@_noisy_linear.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, std: Tensor, clock: Tensor, layer: str
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], std.numel())
+
+
+@torch.library.custom_op("flatlora::noisy_linear_grad", mutates_args=())
+def _noisy_linear_grad(
+    grad: Tensor, weight: Tensor, std: Tensor, clock: Tensor, layer: str
+) -> Tensor:
+    noise = _layers[layer]
+    with torch.autocast(grad.device.type, enabled=False):
+        noisy = _noisy_weight(noise, weight, std, clock).to(grad.dtype)
+        return grad @ (noisy.T if noise.target.transposed else noisy)
+
+
+@_noisy_linear_grad.register_fake
+def _(grad: Tensor, weight: Tensor, std: Tensor, clock: Tensor, layer: str) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], _layers[layer].target.in_features)
+
+
+def _noisy_weight(noise: LayerNoise, weight: Tensor, std: Tensor, clock: Tensor) -> Tensor:
+    """The copy of resident mode, if there is one, or what is written anew."""
+    if noise.copy is not None:
+        return noise.copy
+    return noise.write_to_workspace(weight, std, clock)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, weight, bias, std, clock, ctx.layer = inputs
+    # These exist anyway; saving them lets autograd notice if one is written to, as by a next step.
+    ctx.save_for_backward(weight, std, clock)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    weight, std, clock = ctx.saved_tensors
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        grad_x = torch.ops.flatlora.noisy_linear_grad(grad, weight, std, clock, ctx.layer)
+    if ctx.needs_input_grad[2]:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
+    return grad_x, None, grad_bias, None, None, None
+
+
+_noisy_linear.register_autograd(_backward, setup_context=_setup_context)

@@ -1,15 +1,28 @@
 """Find the layers to perturb, and refuse by name what cannot be perturbed exactly."""
 
+import itertools
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from flatlora.errors import NoTargets, UnsupportedLayer
-from flatlora.forward import forward_fault
+from flatlora.experts import (
+    adapted_parameter,
+    expert_factors,
+    is_input_first,
+    is_parameter_wrapper,
+    stack_fault,
+    wrapper_fault,
+)
+from flatlora.linear import forward_fault
+from flatlora.parallel import is_sharded, own_class, reshard, sharding_faults, units_of
+from flatlora.quantised import quantised_fault, quantised_weight
+from flatlora.weights import DenseWeight, StoredWeight
 
 # Path components that wrappers put into module names.
 _WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -20,52 +33,73 @@ _LAYER_FAULTS = {
     "Conv3d": "a convolution; only linear layers can be perturbed",
     "Embedding": "an embedding; its rows are looked up, not multiplied",
     "MultiheadAttention": "torch's fused attention does not call its projections as layers",
-    "ParamWrapper": "a parameter adapted through target_parameters (experts) is not supported yet",
 }
 
 
 @dataclass(frozen=True)
 class Target:
-    """One frozen linear layer with its LoRA adapter.
+    """One frozen linear layer, or parameter, with its LoRA adapter.
 
     Tensors are looked up at each use, so a model that moves to another device keeps its targets.
 
     Attributes:
-        name: The layer's name in the base model, the same with and without PEFT's wrappers.
+        name: The layer's or parameter's name in the base model, the same with and without PEFT's
+            wrappers.
         layer: PEFT's layer around the base layer.
         adapter: Name of the adapter that is trained.
-        transposed: Whether the weight is stored ``in x out``, as in GPT-2's ``Conv1D``.
+        stored: How the frozen weight is stored.
+        units: The FSDP2 units that its parameters can belong to.
     """
 
     name: str
     layer: nn.Module
     adapter: str
-    transposed: bool
+    stored: StoredWeight
+    units: tuple[nn.Module, ...] = ()
 
     @property
     def base(self) -> nn.Module:
-        """The frozen layer itself."""
-        return _part(self.layer, "base_layer")
+        """The frozen layer itself, or the module that has the parameter."""
+        return _part(self.layer, "get_base_layer")()
 
     @property
-    def weight(self) -> Float[Tensor, "rows cols"]:
+    def weight(self) -> Shaped[Tensor, "..."]:
         """Frozen weight ``W`` as stored."""
-        return _part(self.base, "weight")
+        return self.stored.tensor
 
     @property
-    def lora_a(self) -> Float[Tensor, "rank in"]:
-        """Down projection ``A``."""
-        return _part(self.layer, "lora_A")[self.adapter].weight
+    def transposed(self) -> bool:
+        """Whether the weight is stored ``in x out``, as in GPT-2's ``Conv1D``."""
+        return self.stored.transposed
 
     @property
-    def lora_b(self) -> Float[Tensor, "out rank"]:
-        """Up projection ``B``."""
-        return _part(self.layer, "lora_B")[self.adapter].weight
+    def in_features(self) -> int:
+        """Number ``n`` of input features."""
+        return self.lora_a.shape[-1]
+
+    @property
+    def lora_a(self) -> Float[Tensor, "*stack rank in"]:
+        """Down projection ``A``; of a stack, that of each matrix."""
+        if is_parameter_wrapper(self.layer):
+            return expert_factors(self.layer, self.adapter, transposed=self.transposed).a
+        return self._factor("lora_A")
+
+    @property
+    def lora_b(self) -> Float[Tensor, "*stack out rank"]:
+        """Up projection ``B``; of a stack, that of each matrix."""
+        if is_parameter_wrapper(self.layer):
+            return expert_factors(self.layer, self.adapter, transposed=self.transposed).b
+        return self._factor("lora_B")
 
     @property
     def scaling(self) -> float:
         """Factor ``s`` of the update ``s B A``."""
         return float(_part(self.layer, "scaling")[self.adapter])
+
+    def _factor(self, name: str) -> Any:
+        # past the modules' __getattr__, which hundreds of layers would wait for at every step
+        factors: Any = self.layer._modules[name]
+        return factors._modules[self.adapter]._parameters["weight"]
 
 
 def find_targets(model: nn.Module) -> tuple[Target, ...]:
@@ -73,7 +107,8 @@ def find_targets(model: nn.Module) -> tuple[Target, ...]:
 
     A layer's name is its path in the *base model*: the path inside PEFT's tuner, without
     ``base_model.model.`` in front and without the names that compile, checkpoint and data-parallel
-    wrappers insert. So a layer keeps its noise however the model is wrapped around it.
+    wrappers insert. So a layer keeps its noise however the model is wrapped around it. A parameter
+    adapted through ``target_parameters`` has the name that it has in the base model.
 
     A layer that the active adapter does not touch is no target. A weight that is tied to another
     module can be a target; the perturbation then belongs to the target's matrix product alone, as
@@ -95,10 +130,13 @@ def find_targets(model: nn.Module) -> tuple[Target, ...]:
             f"{type(model).__name__} has no layer adapted by LoRA; "
             "wrap it with peft.get_peft_model(model, LoraConfig(...)) first"
         )
+    units = units_of(model, layers)
+    reshard(itertools.chain(*units.values()))
     faults = {name: fault for name, layer in layers.items() if (fault := _layer_fault(layer))}
+    faults |= sharding_faults(model, layers, units)
     if faults:
         raise UnsupportedLayer(faults)
-    return tuple(_target(name, layer) for name, layer in sorted(layers.items()))
+    return tuple(_target(name, layer, units[name]) for name, layer in sorted(layers.items()))
 
 
 def require_unchanged(targets: tuple[Target, ...]) -> None:
@@ -108,13 +146,35 @@ def require_unchanged(targets: tuple[Target, ...]) -> None:
         UnsupportedLayer: If adapters were merged, disabled or switched since, or a layer's forward
             was replaced; names all such layers.
     """
-    faults = {
-        target.name: fault
-        for target in targets
-        if (fault := _adapter_fault(target.layer, target.adapter) or forward_fault(target.base))
-    }
+    faults = {target.name: fault for target in targets if (fault := _change(target))}
     if faults:
         raise UnsupportedLayer(faults)
+
+
+def layer_state(target: Target) -> tuple[object, ...]:
+    """All that `require_unchanged` depends on, for a comparison that costs next to nothing."""
+    layer: Any = target.layer
+    attributes, base = vars(layer), target.stored.module
+    active = attributes["_active_adapter"]
+    return (
+        active if isinstance(active, str) else tuple(active),
+        attributes["_disable_adapters"],
+        tuple(attributes["merged_adapters"]),
+        tuple(attributes["lora_variant"]),
+        len(layer._modules["lora_A"]._modules),
+        type(base),
+        type(target.weight),
+        vars(layer).get("forward"),
+        vars(base).get("forward"),
+        vars(base).get("_old_forward"),
+        layer._modules["base_layer"],
+    )
+
+
+def _change(target: Target) -> str | None:
+    if not target.units and is_sharded(target.weight):
+        return "its weight was sharded since; build the engine after fully_shard"
+    return _adapter_fault(target.layer, target.adapter) or _code_fault(target.layer)
 
 
 def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -127,18 +187,41 @@ def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         return
     tuner = next((module for module in model.modules() if isinstance(module, BaseTuner)), None)
     root: nn.Module = model if tuner is None else _part(tuner, "model")
+    wrappers: set[str] = set()
     for path, module in root.named_modules():
         # trained token rows are not a low-rank update, and no target
         adapted = isinstance(module, BaseTunerLayer) and not isinstance(
             module, TrainableTokensLayer
         )
         if adapted and (not isinstance(module, LoraLayer) or _active_adapters(module)):
-            yield ".".join(part for part in path.split(".") if part not in _WRAPPERS), module
+            name = _base_name(path, wrappers)
+            if is_parameter_wrapper(module):
+                wrappers.add(path)
+                name = f"{name}.{_part(module, 'parameter_name')}".removeprefix(".")
+            yield name, module
 
 
-def _target(name: str, layer: nn.Module) -> Target:
-    transposed = not isinstance(_part(layer, "base_layer"), nn.Linear)
-    return Target(name, layer, _active_adapters(layer)[0], transposed)
+def _base_name(path: str, wrappers: set[str]) -> str:
+    """A module's name in the base model, from its path and the paths of wrappers of parameters."""
+    parts = path.split(".")
+    return ".".join(
+        part
+        for index, part in enumerate(parts)
+        if part not in _WRAPPERS
+        and not (part == "base_layer" and ".".join(parts[:index]) in wrappers)
+    )
+
+
+def _target(name: str, layer: nn.Module, units: tuple[nn.Module, ...]) -> Target:
+    adapter = _active_adapters(layer)[0]
+    if is_parameter_wrapper(layer):
+        module, parameter = adapted_parameter(layer)
+        stack = DenseWeight(module, transposed=is_input_first(layer), parameter=parameter)
+        return Target(name, layer, adapter, stack, units)
+    base = _part(layer, "base_layer")
+    dense = DenseWeight(base, transposed=not isinstance(base, nn.Linear))
+    stored = quantised_weight(base) or dense
+    return Target(name, layer, adapter, stored, units)
 
 
 def _active_adapters(layer: Any) -> list[str]:
@@ -149,16 +232,25 @@ def _active_adapters(layer: Any) -> list[str]:
 
 def _layer_fault(layer: nn.Module) -> str | None:
     """Why a LoRA layer cannot be perturbed, or None."""
-    from peft.tuners.lora.layer import Linear
-
-    kind = type(layer)
-    if kind is not Linear:
+    kind = own_class(layer)
+    if kind not in _linear_classes() and not is_parameter_wrapper(layer):
         reason = _LAYER_FAULTS.get(kind.__name__, "only PEFT's plain lora.Linear can be perturbed")
         return f"{kind.__module__}.{kind.__name__}: {reason}"
     adapters = _active_adapters(layer)
     if len(adapters) > 1:
         return f"{len(adapters)} adapters are active ({', '.join(adapters)}); activate one"
-    return _adapter_fault(layer, adapters[0]) or _base_fault(layer, adapters[0])
+    find = _parameter_fault if is_parameter_wrapper(layer) else _base_fault
+    return _adapter_fault(layer, adapters[0]) or find(layer, adapters[0])
+
+
+def _linear_classes() -> list[type[nn.Module]]:
+    """PEFT's layers that compute ``base_layer(x) + s B A x``."""
+    from peft.tuners.lora.layer import Linear
+
+    # loaded by PEFT where a model has such layers
+    module = sys.modules.get("peft.tuners.lora.bnb")
+    names = ("Linear4bit", "Linear8bitLt")
+    return [Linear, *(getattr(module, name) for name in names if hasattr(module, name))]
 
 
 def _adapter_fault(layer: Any, adapter: str) -> str | None:
@@ -174,6 +266,26 @@ def _adapter_fault(layer: Any, adapter: str) -> str | None:
     return None
 
 
+def _code_fault(layer: Any) -> str | None:
+    """Why a layer, as it is now, does not compute with a stored weight, or None."""
+    if is_parameter_wrapper(layer):
+        return wrapper_fault(layer)
+    return forward_fault(layer.base_layer) or quantised_fault(layer.base_layer)
+
+
+def _parameter_fault(layer: Any, adapter: str) -> str | None:
+    """What about a frozen parameter forbids a perturbation, or None."""
+    if fault := wrapper_fault(layer):
+        return fault
+    module, name = adapted_parameter(layer)
+    weight: nn.Parameter = getattr(module, name)
+    if fault := _tensor_fault(weight) or stack_fault(layer, adapter):
+        return fault
+    if layer.lora_A[adapter].weight.device != weight.device:
+        return f"weight is on {weight.device}, its adapter is not"
+    return None
+
+
 def _base_fault(layer: Any, adapter: str) -> str | None:
     """What about the frozen layer forbids a perturbation, or None."""
     base = layer.base_layer
@@ -181,10 +293,13 @@ def _base_fault(layer: Any, adapter: str) -> str | None:
         return fault
     if "weight" not in base._parameters:
         return "its weight is computed by a parametrization, not stored"
-    if type(base.weight) is not nn.Parameter:
+    if stored := quantised_weight(base):
+        if fault := quantised_fault(base) or _shape_fault(stored.shape, layer, transposed=False):
+            return fault
+    elif type(base.weight) is not nn.Parameter and not is_sharded(base.weight):
         kind = type(base.weight).__name__
-        return f"weight is a {kind}; quantised and sharded weights are not supported"
-    if fault := _weight_fault(base.weight, layer, transposed=not isinstance(base, nn.Linear)):
+        return f"weight is a {kind}; this kind of quantised weight is not supported"
+    elif fault := _weight_fault(base.weight, layer, transposed=not isinstance(base, nn.Linear)):
         return fault
     if layer.lora_A[adapter].weight.device != base.weight.device:
         return f"weight is on {base.weight.device}, its adapter is not"
@@ -193,18 +308,28 @@ def _base_fault(layer: Any, adapter: str) -> str | None:
 
 def _weight_fault(weight: nn.Parameter, layer: Any, *, transposed: bool) -> str | None:
     """What about the stored weight forbids a perturbation, or None."""
+    return _tensor_fault(weight) or _shape_fault(weight.shape, layer, transposed=transposed)
+
+
+def _shape_fault(stored: torch.Size, layer: Any, *, transposed: bool) -> str | None:
+    """What about the shape of the stored weight forbids a perturbation, or None."""
     features = (layer.in_features, layer.out_features)
     shape = features if transposed else features[::-1]
+    if stored != shape:
+        return f"weight has shape {tuple(stored)}, expected {shape}; is it sharded?"
+    if layer.fan_in_fan_out != transposed:
+        return f"fan_in_fan_out={layer.fan_in_fan_out} contradicts its weight, stored as {shape}"
+    return None
+
+
+def _tensor_fault(weight: nn.Parameter) -> str | None:
+    """What about a tensor, whatever its shape, forbids a perturbation, or None."""
     if weight.is_meta:
         return "weight is on the meta device (offloaded or not loaded yet)"
     if weight.dtype not in _DTYPES:
         return f"weight is {weight.dtype}; expected one of {', '.join(map(str, _DTYPES))}"
-    if weight.shape != shape:
-        return f"weight has shape {tuple(weight.shape)}, expected {shape}; is it sharded?"
     if weight.requires_grad:
         return "weight requires a gradient; a base weight must be frozen"
-    if layer.fan_in_fan_out != transposed:
-        return f"fan_in_fan_out={layer.fan_in_fan_out} contradicts its weight, stored as {shape}"
     return None
 
 

@@ -33,6 +33,8 @@ _BLOCK = 8
 _LEVELS = 1 << 16
 # About 8 MiB of scratch: big enough to share an operation between threads, small enough for caches.
 _CHUNK = 1 << 19
+# A GPU needs more work per launch; some 300 MiB of scratch at most.
+_CUDA_CHUNK = 1 << 22
 
 
 def standard_normals(
@@ -95,12 +97,12 @@ def _tables(
 
 @torch.no_grad()
 def noisy_copy(
-    weight: Float[Tensor, "rows cols"],
-    std: Float[Tensor, "#rows #cols"],
+    weight: Float[Tensor, "*stack rows cols"],
+    std: Float[Tensor, "*#stack #rows #cols"],
     stream: Stream,
     *,
-    out: Float[Tensor, "rows cols"],
-) -> Float[Tensor, "rows cols"]:
+    out: Float[Tensor, "*stack rows cols"],
+) -> Float[Tensor, "*stack rows cols"]:
     """Write ``W + std * z`` to ``out``; ``W`` is only read.
 
     Args:
@@ -112,21 +114,28 @@ def noisy_copy(
     Returns:
         ``out``.
     """
-    cols = weight.shape[1]
-    for rows in _row_chunks(weight):
-        clean = weight[rows]
-        normals = standard_normals(stream, rows.start * cols, clean.numel(), weight.device)
+    stack, noisy = _stack(weight), _stack(out)
+    deviations = _stack(std).expand(len(stack), -1, -1)
+    _, height, cols = stack.shape
+    for matrices, rows in _chunks(stack):
+        clean, deviation = stack[matrices, rows], deviations[matrices]
+        start = (matrices.start * height + rows.start) * cols
+        normals = standard_normals(stream, start, clean.numel(), weight.device)
         noise = normals.view_as(clean).to(std.dtype)
-        noise *= std[rows] if std.shape[0] > 1 else std
-        out[rows] = noise.add_(clean)
+        noise *= deviation[:, rows] if deviation.shape[1] > 1 else deviation
+        noisy[matrices, rows] = noise.add_(clean)
     return out
+
+
+def _stack(tensor: Tensor) -> Float[Tensor, "stack rows cols"]:
+    return tensor.view(-1, *tensor.shape[-2:])
 
 
 @torch.no_grad()
 def row_square_norm(
-    weight: Float[Tensor, "rows cols"], *, transposed: bool
-) -> Float[Tensor, " out"]:
-    """``||W_i||_2^2`` for every output unit ``i`` of a weight.
+    weight: Float[Tensor, "*stack rows cols"], *, transposed: bool
+) -> Float[Tensor, "*stack out"]:
+    """``||W_i||_2^2`` for every output unit ``i`` of a weight, or of each matrix of a stack.
 
     Args:
         weight: Base weight as stored; read in chunks, so that no full copy in float32 exists.
@@ -135,29 +144,34 @@ def row_square_norm(
     Returns:
         One value per output unit, float32 (float64 for a float64 weight).
     """
-    precise = [
-        weight[rows].to(_compute_dtype(weight)).square().sum(dim=0 if transposed else 1)
-        for rows in _row_chunks(weight)
-    ]
-    return torch.stack(precise).sum(dim=0) if transposed else torch.cat(precise)
+    stack, out = _stack(weight), weight.shape[-1 if transposed else -2]
+    norm = torch.zeros(len(stack), out, dtype=_compute_dtype(weight), device=weight.device)
+    for matrices, rows in _chunks(stack):
+        square = stack[matrices, rows].to(norm.dtype).square()
+        if transposed:
+            norm[matrices] += square.sum(dim=1)
+        else:
+            norm[matrices, rows] = square.sum(dim=2)
+    return norm.view(*weight.shape[:-2], out)
 
 
 @torch.no_grad()
 def merged_row_std(
-    weight: Float[Tensor, "rows cols"],
-    square_norm: Float[Tensor, " out"],
-    lora_a: Float[Tensor, "rank in"],
-    lora_b: Float[Tensor, "out rank"],
+    weight: Float[Tensor, "*stack rows cols"],
+    square_norm: Float[Tensor, "*stack out"],
+    lora_a: Float[Tensor, "*stack rank in"],
+    lora_b: Float[Tensor, "*stack out rank"],
     *,
     scaling: float,
     sigma: float,
     transposed: bool,
-) -> Float[Tensor, "#rows #cols"]:
+) -> Float[Tensor, "*stack #rows #cols"]:
     """Standard deviation of the noise for each output unit of a merged LoRA weight.
 
     With ``W' = W + s B A`` and ``n`` input features, output unit ``i`` gets
     ``sigma / sqrt(n) * ||W'_i||_2`` (arXiv 2409.14396, equation 8). ``W'`` is never built:
-    ``||W'_i||^2 = ||W_i||^2 + 2 s (W A^T)_i . B_i + s^2 B_i (A A^T) B_i^T``.
+    ``||W'_i||^2 = ||W_i||^2 + 2 s (W A^T)_i . B_i + s^2 B_i (A A^T) B_i^T``. In a stack this holds
+    for each matrix.
 
     Args:
         weight: Frozen base weight ``W`` as stored.
@@ -170,33 +184,45 @@ def merged_row_std(
 
     Returns:
         Float32 (float64 for a float64 weight), shaped to broadcast against the stored weight:
-        ``(out, 1)``, or ``(1, out)`` if transposed.
+        ``(*stack, out, 1)``, or ``(*stack, 1, out)`` if transposed.
     """
     a, b = lora_a.to(square_norm.dtype), lora_b.to(square_norm.dtype)
-    cross = (_times_lora_a(weight, a, transposed=transposed) * b).sum(dim=1)
-    update = (b @ (a @ a.T) * b).sum(dim=1)
+    cross = (_times_lora_a(weight, a, transposed=transposed) * b).sum(dim=-1)
+    update = (b @ (a @ a.mT) * b).sum(dim=-1)
     merged = square_norm + 2 * scaling * cross + scaling**2 * update
     # rounding can push the sum below zero where the update cancels the weight
-    std = merged.clamp_min_(0).sqrt_() * (sigma / math.sqrt(a.shape[1]))
-    return std.unsqueeze(0 if transposed else 1)
+    std = merged.clamp_min_(0).sqrt_() * (sigma / math.sqrt(a.shape[-1]))
+    return std.unsqueeze(-2 if transposed else -1)
 
 
 def _times_lora_a(
-    weight: Float[Tensor, "rows cols"], a: Float[Tensor, "rank in"], *, transposed: bool
-) -> Float[Tensor, "out rank"]:
+    weight: Float[Tensor, "*stack rows cols"],
+    lora_a: Float[Tensor, "*stack rank in"],
+    *,
+    transposed: bool,
+) -> Float[Tensor, "*stack out rank"]:
     """``W A^T`` with ``W`` brought to the precision of ``A`` chunk by chunk."""
-    if transposed:
-        parts = [a[:, rows] @ weight[rows].to(a.dtype) for rows in _row_chunks(weight)]
-        return torch.stack(parts).sum(dim=0).T
-    return torch.cat([weight[rows].to(a.dtype) @ a.T for rows in _row_chunks(weight)])
+    stack, a = _stack(weight), lora_a.reshape(-1, *lora_a.shape[-2:])
+    out = stack.shape[2 if transposed else 1]
+    product = a.new_zeros(len(stack), out, a.shape[1])
+    for matrices, rows in _chunks(stack):
+        part = stack[matrices, rows].to(a.dtype)
+        if transposed:
+            product[matrices] += (a[matrices, :, rows] @ part).mT
+        else:
+            product[matrices, rows] = part @ a[matrices].mT
+    return product.view(*weight.shape[:-2], out, -1)
 
 
 def _compute_dtype(weight: Tensor) -> torch.dtype:
     return torch.promote_types(weight.dtype, torch.float32)
 
 
-def _row_chunks(weight: Tensor) -> Iterator[slice]:
-    rows, cols = weight.shape
-    height = max(1, _CHUNK // cols)
-    for start in range(0, rows, height):
-        yield slice(start, min(start + height, rows))
+def _chunks(stack: Float[Tensor, "stack rows cols"]) -> Iterator[tuple[slice, slice]]:
+    """Parts of bounded size, as slices of matrices and rows: whole matrices, or rows of one."""
+    matrices, rows, cols = stack.shape
+    size = _CUDA_CHUNK if stack.is_cuda else _CHUNK
+    depth, height = max(1, size // (rows * cols)), min(rows, max(1, size // cols))
+    for first in range(0, matrices, depth):
+        for start in range(0, rows, height):
+            yield slice(first, first + depth), slice(start, min(start + height, rows))

@@ -1,5 +1,8 @@
 """Tiny models, made on the spot: no download, no trained weight."""
 
+# First, as PEFT imports Triton by way of bitsandbytes.
+from tests.flatlora.interpreter import DEVICE as DEVICE  # isort: skip
+
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -47,8 +50,25 @@ def _gpt2() -> nn.Module:
     )
 
 
+def _wide() -> nn.Module:
+    """A Llama with long rows, some of whose layers one launch can serve together."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCAB,
+            hidden_size=2048,
+            intermediate_size=40,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            max_position_embeddings=32,
+        )
+    )
+
+
 _BASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "llama": (_llama, {"target_modules": ["q_proj", "v_proj", "down_proj"]}),
+    "wide": (_wide, {"target_modules": ["q_proj", "v_proj", "down_proj"]}),
     "gpt2": (_gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
 }
 

@@ -33,12 +33,16 @@ def test_free_memory_of_this_machine_is_known_and_plausible() -> None:
 
 def test_resident_keeps_one_copy_of_each_target_and_uses_it_again(peft_model: MakeModel) -> None:
     flat = FlatLora(peft_model(), FlatLoraConfig(sigma=0.1, memory="resident"), total_steps=3)
-    copies = flat._perturbation._copies
+
+    def addresses() -> dict[str, int]:
+        copies = {noise.target.name: noise.copy for noise in flat._perturbation._noises}
+        return {name: copy.data_ptr() for name, copy in copies.items() if copy is not None}
+
     with flat.perturbed(1):
-        addresses = {name: copy.data_ptr() for name, copy in copies.items()}
+        first = addresses()
     with flat.perturbed(2):
-        assert {name: copy.data_ptr() for name, copy in copies.items()} == addresses
-    assert set(addresses) == {target.name for target in flat.targets}
+        assert addresses() == first
+    assert set(first) == {target.name for target in flat.targets}
 
 
 def test_streamed_keeps_one_workspace_of_the_largest_target(peft_model: MakeModel) -> None:
@@ -46,6 +50,7 @@ def test_streamed_keeps_one_workspace_of_the_largest_target(peft_model: MakeMode
     flat = FlatLora(model, FlatLoraConfig(sigma=0.1, memory="streamed"), total_steps=3)
     with flat.perturbed(2):
         model(input_ids=torch.zeros(1, 4, dtype=torch.int64))
-    (buffer,) = flat._perturbation._workspace._buffers.values()
+    noises = flat._perturbation._noises
+    (buffer,) = noises[0]._workspace._buffers.values()
     assert buffer.numel() == max(target.weight.numel() for target in flat.targets)
-    assert not flat._perturbation._copies
+    assert all(noise.copy is None for noise in noises)

@@ -1,0 +1,113 @@
+"""Serve all layers that one launch can serve, where the Triton kernels compute."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from flatlora import ops
+from flatlora.noise import Clocks, LayerNoise
+
+if TYPE_CHECKING:  # it needs Triton, which exists where the kernels compute
+    from flatlora.ops.sweep import Sweep
+
+
+class SweptLayers:
+    """The standard deviations and copies of many layers, written together.
+
+    A sweep knows its tensors by their addresses. They are looked at before each step, and where
+    one has changed (a model that was moved, an adapter that was loaded anew) the sweeps are made
+    again.
+
+    Args:
+        noises: The layers.
+        clocks: Where the present step and draw are read.
+    """
+
+    def __init__(self, noises: Sequence[LayerNoise], clocks: Clocks) -> None:
+        self._noises = noises
+        self._clocks = clocks
+        self._addresses: list[Any] = []
+        self._sweeps: list[Sweep] = []
+        self._others: Sequence[LayerNoise] = noises
+
+    def write(self, sigma: float, *, copies: bool) -> Sequence[LayerNoise]:
+        """Take up a step for all layers that can be served together.
+
+        Args:
+            sigma: Strength.
+            copies: Whether noisy copies are written too.
+
+        Returns:
+            The layers that were not served.
+        """
+        addresses = [_addresses(noise) for noise in self._noises]
+        if addresses != self._addresses:
+            self._plan(copies=copies)
+            self._addresses = [_addresses(noise) for noise in self._noises]
+        for sweep in self._sweeps:
+            sweep.run(sigma, self._clocks.on(sweep.device), copies=copies)
+        return self._others
+
+    def _plan(self, *, copies: bool) -> None:
+        """Sort the layers by what one launch has to have in common."""
+        groups = defaultdict(list)
+        others = []
+        for noise in self._noises:
+            if _sweepable(noise, copies=copies):
+                target = noise.target
+                weight, adapter = target.stored.tensor, target.lora_a
+                groups[weight.device, weight.dtype, adapter.dtype].append(noise)
+            else:
+                others.append(noise)
+        self._others = others
+        self._sweeps = []
+        for group in groups.values():
+            from flatlora.ops.sweep import Sweep
+
+            self._sweeps.append(Sweep([_row(noise, self._clocks) for noise in group]))
+
+
+def _sweepable(noise: LayerNoise, *, copies: bool) -> bool:
+    target = noise.target
+    weight = target.stored.tensor
+    if target.units:  # FSDP2's, and served by `flatlora.sharded`
+        return False
+    if not (target.stored.is_dense and not target.transposed and weight.dim() == 2):
+        return False
+    if type(weight) is not torch.nn.Parameter or not ops.kernels_serve(weight):
+        return False
+    if copies and noise.copy is None:
+        return False
+    from flatlora.ops.sweep import sweepable
+
+    return sweepable(weight, target.lora_a, target.lora_b)
+
+
+def _row(noise: LayerNoise, clocks: Clocks) -> Any:
+    from flatlora.ops.sweep import Row
+
+    target = noise.target
+    weight = target.stored.tensor
+    return Row(
+        weight=weight,
+        square_norm=noise.square_norm(),
+        lora_a=target.lora_a,
+        lora_b=target.lora_b,
+        scaling=target.scaling,
+        key=noise.key,
+        std=noise.be_swept(clocks.on(weight.device)),
+        copy=noise.copy,
+    )
+
+
+def _addresses(noise: LayerNoise) -> tuple[object, ...]:
+    """What a sweep took over from a layer."""
+    target, copy = noise.target, noise.copy
+    tensors = (target.stored.tensor, target.lora_a, target.lora_b)
+    return (
+        *(tensor.data_ptr() for tensor in tensors),
+        None if copy is None else copy.data_ptr(),
+        target.scaling,
+    )

@@ -1,0 +1,89 @@
+"""Runs of the real ``Trainer`` on a tiny model."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from flatlora import FlatLoraCallback
+
+MakeModel = Callable[..., PeftModel]
+Example = dict[str, Tensor]
+
+SIGMA, SEED = 0.2, 7
+BATCH, ACCUMULATION = 2, 4
+MICRO_BATCHES = 10  # an epoch ends with a window of two
+WINDOWS = [4, 4, 2]
+
+
+def examples(count: int = BATCH * MICRO_BATCHES) -> list[Example]:
+    generator = torch.Generator().manual_seed(5)
+    tokens = torch.randint(61, (count, 8), generator=generator)
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def adamw(model: nn.Module) -> torch.optim.AdamW:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+
+def make_trainer(
+    folder: Path,
+    model: nn.Module,
+    *callbacks: TrainerCallback,
+    optimizer: torch.optim.Optimizer | None = None,
+    data: Any = None,
+    **changes: Any,
+) -> Trainer:
+    """A trainer on the CPU that saves nothing unless it is told to."""
+    settings: dict[str, Any] = {
+        "output_dir": str(folder / "run"),
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "report_to": "none",
+        "per_device_train_batch_size": BATCH,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "num_train_epochs": 2,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+    }
+    return Trainer(
+        model,
+        TrainingArguments(**settings | changes),
+        train_dataset=data or examples(),
+        eval_dataset=examples(4),
+        callbacks=list(callbacks),
+        optimizers=(optimizer, None),
+    )
+
+
+def callback(sigma: float = SIGMA) -> FlatLoraCallback:
+    return FlatLoraCallback(sigma=sigma, seed=SEED)
+
+
+def adapter(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def base_hash(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if not parameter.requires_grad:
+            digest.update(name.encode())
+            digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def sigmas(trainer: Trainer) -> list[float]:
+    return [log["flat_lora_sigma"] for log in trainer.state.log_history if "loss" in log]
