@@ -31,7 +31,8 @@ WORKDIR /src
 # The image gets no pip: the base's installs into it.
 RUN python -m venv --without-pip /opt/flatlora
 COPY pyproject.toml constraints.txt README.md LICENSE ./
-RUN mkdir app flatlora migrations worker
+COPY flatlora/pyproject.toml flatlora/
+RUN mkdir app migrations worker && cp LICENSE flatlora/ && touch flatlora/__init__.py
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
     pip --python /opt/flatlora/bin/python install --disable-pip-version-check -c constraints.txt ".[api,cluster,telemetry]"
@@ -43,7 +44,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     if [ -n "$TORCH_INDEX" ]; then \
       pip --python /opt/flatlora/bin/python install --disable-pip-version-check -c constraints.txt --index-url "$TORCH_INDEX" torch; \
     fi \
- && pip --python /opt/flatlora/bin/python install --disable-pip-version-check -c constraints.txt ".[worker,cluster,telemetry]"
+ && pip --python /opt/flatlora/bin/python install --disable-pip-version-check -c constraints.txt ./flatlora ".[worker,cluster,telemetry]"
 
 FROM packages AS api-build
 COPY . .
@@ -55,7 +56,7 @@ FROM worker-packages AS worker-build
 COPY . .
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
-    pip --python /opt/flatlora/bin/python install --disable-pip-version-check --no-deps --force-reinstall .
+    pip --python /opt/flatlora/bin/python install --disable-pip-version-check --no-deps --force-reinstall ./flatlora .
 
 
 FROM base AS runtime

@@ -55,7 +55,7 @@ def configure_tracing(service: str) -> bool:
     except ImportError:
         log.warning(
             "no traces: OTEL_EXPORTER_OTLP_ENDPOINT is set, but the OpenTelemetry SDK is missing",
-            hint="Install flatlora[telemetry].",
+            hint="Install flatlora-service[telemetry].",
         )
         return False
     return True

@@ -1,13 +1,16 @@
 """What the perturbation costs: an optimizer step of Flat-LoRA over one of plain LoRA.
 
     python -m benchmarks.step_time [--json PATH] [--tokens 1024,4096,16384,32768] [--layers 32]
+    python -m benchmarks.step_time --tokens 1024 --graph --no-checkpointing
     python -m benchmarks.step_time --base-model FOLDER [--rows 16] [--length 200]
 
 A step is the forward and backward passes of its micro-batches, clipping, and AdamW's update of
 float32 adapters; on a GPU of an 8B Llama with random weights, on a CPU of a tiny one, or of the
 base model in a folder. Plain LoRA, resident, streamed and auto take turns in blocks of several
 steps, A B C D D C B A, each block with an engine of its own, so that no mode's buffers count for
-another. Nothing waits between the steps of a block. Medians of all steps of a kind.
+another. Nothing waits between the steps of a block. Medians of all steps of a kind. On a GPU the
+matrix products run under autocast to bfloat16. A small step is bound by the host that asks for it;
+`--graph` captures its passes in a CUDA graph, so that the device alone is measured.
 
 Ends with 1, and without ratios, unless resident, streamed and auto mode give the same losses (to
 2e-5 of a loss; what they compute is the same to the bit, but for the choice of a matrix product's
@@ -71,8 +74,17 @@ class Measured:
 class Trainer:
     """One model with its optimizer; every step meets the same adapters and the same tokens."""
 
-    def __init__(self, model: nn.Module, device: torch.device, vocab: int, rows: int, length: int):
-        self.model, self.device = model, device
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        vocab: int,
+        rows: int,
+        length: int,
+        *,
+        graphs: bool = False,
+    ) -> None:
+        self.model, self.device, self.graphs = model, device, graphs
         self._rows, self._length, self._vocab = rows, length, vocab
         self._trained = [p for p in model.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(self._trained, lr=0.0)
@@ -88,18 +100,60 @@ class Trainer:
         ]
         return [batch.to(self.device) for batch in ids]
 
-    def step(self, batches: Sequence[Tensor], noise: AbstractContextManager[None]) -> Tensor:
+    def step(
+        self,
+        batches: Sequence[Tensor],
+        noise: AbstractContextManager[None],
+        graph: "Graph | None" = None,
+    ) -> Tensor:
         """One optimizer step; its loss and its gradient norm, which the host does not wait for."""
-        losses = []
         with noise:
-            for ids in batches:
-                loss = self.model(input_ids=ids, labels=ids).loss / len(batches)
-                loss.backward()
-                losses.append(loss.detach())
+            loss = self.passes(batches) if graph is None else graph.replay()
         norm = nn.utils.clip_grad_norm_(self._trained, 1.0)
         self._optimizer.step()
+        if graph is None:  # a graph writes its gradients anew
+            self._optimizer.zero_grad(set_to_none=True)
+        return torch.stack([loss, norm])
+
+    def passes(self, batches: Sequence[Tensor]) -> Tensor:
+        """Forward and backward passes of all micro-batches; their loss."""
+        losses = []
+        for ids in batches:
+            with torch.autocast(
+                self.device.type,
+                torch.bfloat16,
+                enabled=self.device.type == "cuda",
+                cache_enabled=not self.graphs,  # what a graph reads must not be freed
+            ):
+                loss = self.model(input_ids=ids, labels=ids).loss / len(batches)
+            loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def forget(self) -> None:
+        """Let the gradients go."""
         self._optimizer.zero_grad(set_to_none=True)
-        return torch.stack([torch.stack(losses).sum(), norm])
+
+
+class Graph:
+    """The passes of one step, captured; noise must be on while they are."""
+
+    def __init__(self, trainer: Trainer, batches: Sequence[Tensor]) -> None:
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                trainer.passes(batches)
+        torch.cuda.current_stream().wait_stream(side)
+        trainer.forget()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._loss = trainer.passes(batches)
+
+    def replay(self) -> Tensor:
+        """Run the passes with the noise of the present step."""
+        self._graph.replay()
+        return self._loss.clone()
 
 
 class Ticks:
@@ -158,11 +212,12 @@ def build(options: argparse.Namespace, device: torch.device) -> tuple[Trainer, d
         checkpointing = device.type == "cuda" and _device_memory(device) < ROOMY
     if checkpointing:
         llama.checkpoint_activations(model)
-    trainer = Trainer(model, device, vocab, options.rows, options.length)
+    trainer = Trainer(model, device, vocab, options.rows, options.length, graphs=options.graph)
     about = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(dtype).removeprefix("torch."),
         "checkpointing": checkpointing,
+        "graph": options.graph,
         "micro_batch": [options.rows, options.length],
         "base_model": None if options.base_model is None else str(options.base_model),
     }
@@ -194,7 +249,12 @@ def _run_block(
     noise: Noise = (lambda _: nullcontext()) if flat is None else flat.perturbed
     for step in (FIRST_STEP - 2, FIRST_STEP - 1):  # the norms of the base, kernels to compile
         trainer.step(batches[:1], noise(step))
-    seconds, outputs = _block(trainer, batches, noise, steps)
+    graph = None
+    if trainer.graphs:
+        with noise(FIRST_STEP - 1):
+            graph = Graph(trainer, batches)
+    seconds, outputs = _block(trainer, batches, noise, steps, graph)
+    trainer.forget()
     into.seconds.append(seconds)
     into.memory = "none" if flat is None else flat.memory
     into.losses, into.norms = ([float(x) for x in column] for column in zip(*outputs, strict=True))
@@ -203,13 +263,17 @@ def _run_block(
 
 
 def _block(
-    trainer: Trainer, batches: Sequence[Tensor], noise: Noise, steps: int
+    trainer: Trainer,
+    batches: Sequence[Tensor],
+    noise: Noise,
+    steps: int,
+    graph: Graph | None = None,
 ) -> tuple[list[float], list[list[float]]]:
     synchronise(trainer.device)
     ticks, outputs = Ticks(trainer.device), []
     ticks.tick()
     for step in range(FIRST_STEP, FIRST_STEP + steps):
-        outputs.append(trainer.step(batches, noise(step)))
+        outputs.append(trainer.step(batches, noise(step), graph))
         ticks.tick()
     return ticks.seconds(), [output.tolist() for output in outputs]
 
@@ -296,10 +360,11 @@ def show(result: dict[str, Any], about: dict[str, Any], device: torch.device) ->
             f"{found['losses'][0]:.6f}",
         ])  # fmt: skip
     checkpointing = "with" if about["checkpointing"] else "without"
+    graph = ", passes in a CUDA graph" if about["graph"] else ""
     title = (
         f"{result['tokens']:,} tokens a step in {len(result['micro_batches'])} micro-batches, "
         f"{about['parameters'] / 1e9:.2f}e9 parameters, {about['dtype']}, {checkpointing} "
-        f"checkpointing; largest target {result['largest_target_bytes'] / 1e6:.1f} MB, "
+        f"checkpointing{graph}; largest target {result['largest_target_bytes'] / 1e6:.1f} MB, "
         f"all {result['targets_bytes'] / 1e6:,.1f} MB. {report.headline(device)}"
     )
     columns = [
@@ -321,6 +386,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, help="tokens of a sequence, at most")
     parser.add_argument("--layers", type=int, help="layers of the model with random weights")
     parser.add_argument("--seconds", type=float, help="to spend on each number of tokens")
+    parser.add_argument("--graph", action="store_true", help="capture a step's passes (GPU only)")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction)
     parser.add_argument("--small", action="store_true", help="the tiny model, as on a CPU")
     options = parser.parse_args(arguments)

@@ -20,10 +20,12 @@ class FlatLoraConfig:
         sigma: Strength that the schedule rises to. The paper advises 0.05 or 0.10 for language
             models (arXiv 2409.14396); ``0`` is plain LoRA.
         seed: Seed of the noise, ``0 <= seed < 2**64``. Has nothing to do with torch's generators.
-        memory: ``"resident"`` keeps one noisy copy of every target and writes it once per step.
-            ``"streamed"`` keeps one workspace of the largest target's size and writes each noisy
-            weight again for every use. ``"auto"`` takes resident where the copies fit in half of
-            the device's free memory. All give the same numbers.
+        memory: ``"resident"`` keeps one noisy copy of every target and writes it once per step; of
+            a quantised weight that is a dense copy. ``"streamed"`` keeps one workspace of the
+            largest target's size and writes each noisy weight again for every use. ``"auto"``
+            takes resident where the copies fit in half of the device's free memory when the engine
+            is built, and streamed elsewhere and for sharded weights; where memory runs out later
+            it gives its copies up and streams from then on. All give the same numbers.
 
     Raises:
         ValueError: If any value is out of range; the message names all such values.

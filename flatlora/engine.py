@@ -46,7 +46,8 @@ class FlatLora:
     Raises:
         NoTargets: If the model has no LoRA layer.
         UnsupportedLayer: If any LoRA layer cannot be perturbed; names all of them.
-        ValueError: If ``total_steps`` is not positive.
+        ValueError: If ``total_steps`` is not positive, or ``memory="resident"`` is asked for and
+            weights are sharded.
     """
 
     def __init__(self, model: nn.Module, config: FlatLoraConfig, total_steps: int) -> None:
@@ -81,6 +82,9 @@ class FlatLora:
         again there, and must meet the same weights. Evaluation, saving and the optimizer's step
         belong outside.
 
+        Where FSDP2 has sharded weights, all ranks enter the block together: entering exchanges
+        the strength of the rows that each of them has.
+
         Args:
             step: Index of the optimizer step, counted from 0 over the whole run.
             draw: Which of several independent draws. By default the rank in the default process
@@ -93,8 +97,8 @@ class FlatLora:
 
         Raises:
             AlreadyPerturbed: On entering, if the model is perturbed already.
-            UnsupportedLayer: On entering, if adapters were merged, disabled or switched since the
-                engine was built.
+            UnsupportedLayer: On entering, if adapters were merged, disabled or switched, or weights
+                sharded, since the engine was built.
             ValueError: If the step lies outside ``0 <= step < total_steps``, or (on entering) the
                 draw outside ``0 <= draw < 2**32``.
         """

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -20,7 +19,7 @@ from flatlora.experts import adapted_parameter, is_parameter_wrapper
 from flatlora.linear import LentForward, forward_slot, linear
 from flatlora.noise import LayerNoise
 from flatlora.quantised import QuantisedWeight
-from flatlora.streamed import register, streamed_linear
+from flatlora.streamed import noisy_linear, register, streamed_linear
 
 _NONE = object()
 
@@ -100,7 +99,7 @@ class NoisyQuantised(NoisyForward):
     def __call__(self, x: Tensor) -> Tensor:
         """The layer's output for ``x``, in its dtype."""
         noise, bias, dtype = self.noise, self.host.bias, self.stored.computes_in(x)
-        out: Tensor = torch.ops.flatlora.noisy_linear(
+        out = noisy_linear(
             x.to(dtype),
             self.stored.tensor,
             None if bias is None else bias.to(dtype),

@@ -103,7 +103,7 @@ class Perturbation:
         sharded = self._sharded.std(sigma)
         self._clocks.set(step, draw)
         resident = self.memory.mode == "resident" and self._allocate_copies()
-        for noise in self._swept.write(sigma, copies=resident):
+        for noise in self._swept.write(sigma):
             clock = self._clocks.on(noise.target.stored.tensor.device)
             noise.set(sigma, clock, sharded.get(noise.target.name))
             if resident:

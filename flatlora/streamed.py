@@ -11,12 +11,14 @@ variables.
 """
 
 import itertools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flatlora.linear import linear
 from flatlora.noise import LayerNoise
@@ -67,40 +69,56 @@ def streamed_linear(
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     elif x.dtype != weight.dtype:
         raise RuntimeError(f"the input is {x.dtype}, but the layer's weight {weight.dtype}")
-    out: Tensor = torch.ops.flatlora.noisy_linear(x, weight, bias, std, clock, layer)
+    return noisy_linear(x, weight, bias, std, clock, layer)
+
+
+def noisy_linear(
+    x: Float[Tensor, "*batch in"],
+    weight: Shaped[Tensor, "..."],
+    bias: Float[Tensor, " out"] | None,
+    std: Float[Tensor, "#rows #cols"],
+    clock: Int64[Tensor, "2"],
+    layer: str,
+) -> Float[Tensor, "*batch out"]:
+    """`streamed_linear` in the dtype of the input, which the bias has too.
+
+    A compiler sees the operator ``torch.ops.flatlora.noisy_linear``. Without one the same is done
+    by an autograd function, because calling an operator that is written in Python takes the host
+    several times longer, once for each layer and pass.
+
+    Args:
+        x: As in `streamed_linear`.
+        weight: As in `streamed_linear`.
+        bias: As in `streamed_linear`.
+        std: As in `streamed_linear`.
+        clock: As in `streamed_linear`.
+        layer: As in `streamed_linear`.
+
+    Returns:
+        As `streamed_linear`.
+    """
+    out: Tensor
+    if torch.compiler.is_compiling():
+        out = torch.ops.flatlora.noisy_linear(x, weight, bias, std, clock, layer)
+    else:
+        out = _NoisyLinear.apply(x, weight, bias, std, clock, layer)  # type: ignore[no-untyped-call]
     return out
 
 
-@torch.library.custom_op("flatlora::noisy_linear", mutates_args=())
-def _noisy_linear(
+def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None, std: Tensor, clock: Tensor, layer: str
 ) -> Tensor:
     noise = _layers[layer]
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x):
         noisy = _noisy_weight(noise, weight, std, clock).to(x.dtype)
         return linear(x, noisy, bias, transposed=noise.target.transposed)
 
 
-@_noisy_linear.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, std: Tensor, clock: Tensor, layer: str
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], std.numel())
-
-
-@torch.library.custom_op("flatlora::noisy_linear_grad", mutates_args=())
-def _noisy_linear_grad(
-    grad: Tensor, weight: Tensor, std: Tensor, clock: Tensor, layer: str
-) -> Tensor:
+def _input_gradient(grad: Tensor, weight: Tensor, std: Tensor, clock: Tensor, layer: str) -> Tensor:
     noise = _layers[layer]
-    with torch.autocast(grad.device.type, enabled=False):
+    with _without_autocast(grad):
         noisy = _noisy_weight(noise, weight, std, clock).to(grad.dtype)
         return grad @ (noisy.T if noise.target.transposed else noisy)
-
-
-@_noisy_linear_grad.register_fake
-def _(grad: Tensor, weight: Tensor, std: Tensor, clock: Tensor, layer: str) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], _layers[layer].target.in_features)
 
 
 def _noisy_weight(noise: LayerNoise, weight: Tensor, std: Tensor, clock: Tensor) -> Tensor:
@@ -110,6 +128,12 @@ def _noisy_weight(noise: LayerNoise, weight: Tensor, std: Tensor, clock: Tensor)
     return noise.write_to_workspace(weight, std, clock)
 
 
+def _without_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
+    device = tensor.device.type
+    enabled = torch.is_autocast_enabled(device)
+    return torch.autocast(device, enabled=False) if enabled else nullcontext()
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, weight, bias, std, clock, ctx.layer = inputs
     # These exist anyway; saving them lets autograd notice if one is written to, as by a next step.
@@ -117,14 +141,46 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, grad: Tensor, input_gradient: Any) -> tuple[Tensor | None, ...]:
     weight, std, clock = ctx.saved_tensors
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.ops.flatlora.noisy_linear_grad(grad, weight, std, clock, ctx.layer)
+        grad_x = input_gradient(grad, weight, std, clock, ctx.layer)
     if ctx.needs_input_grad[2]:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(dim=0).to(ctx.bias_dtype)
     return grad_x, None, grad_bias, None, None, None
 
 
-_noisy_linear.register_autograd(_backward, setup_context=_setup_context)
+class _NoisyLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _product(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradients(ctx, grad, _input_gradient)
+
+
+_operator = torch.library.custom_op("flatlora::noisy_linear", _product, mutates_args=())
+_gradient_operator = torch.library.custom_op(
+    "flatlora::noisy_linear_grad", _input_gradient, mutates_args=()
+)
+_operator.register_autograd(
+    lambda ctx, grad: _gradients(ctx, grad, torch.ops.flatlora.noisy_linear_grad),
+    setup_context=_setup_context,
+)
+
+
+@_operator.register_fake
+def _(
+    x: Tensor, weight: Tensor, bias: Tensor | None, std: Tensor, clock: Tensor, layer: str
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], std.numel())
+
+
+@_gradient_operator.register_fake
+def _(grad: Tensor, weight: Tensor, std: Tensor, clock: Tensor, layer: str) -> Tensor:
+    return grad.new_empty(*grad.shape[:-1], _layers[layer].target.in_features)

@@ -32,33 +32,33 @@ class SweptLayers:
         self._sweeps: list[Sweep] = []
         self._others: Sequence[LayerNoise] = noises
 
-    def write(self, sigma: float, *, copies: bool) -> Sequence[LayerNoise]:
-        """Take up a step for all layers that can be served together.
+    def write(self, sigma: float) -> Sequence[LayerNoise]:
+        """Take up a step for all layers that can be served together, and write their copies.
 
         Args:
             sigma: Strength.
-            copies: Whether noisy copies are written too.
 
         Returns:
             The layers that were not served.
         """
-        addresses = [_addresses(noise) for noise in self._noises]
+        addresses = [ops.backend(), *map(_addresses, self._noises)]
         if addresses != self._addresses:
-            self._plan(copies=copies)
-            self._addresses = [_addresses(noise) for noise in self._noises]
+            self._plan()
+            self._addresses = addresses
         for sweep in self._sweeps:
-            sweep.run(sigma, self._clocks.on(sweep.device), copies=copies)
+            sweep.run(sigma, self._clocks.on(sweep.device))
         return self._others
 
-    def _plan(self, *, copies: bool) -> None:
+    def _plan(self) -> None:
         """Sort the layers by what one launch has to have in common."""
         groups = defaultdict(list)
         others = []
         for noise in self._noises:
-            if _sweepable(noise, copies=copies):
+            if _sweepable(noise):
                 target = noise.target
                 weight, adapter = target.stored.tensor, target.lora_a
-                groups[weight.device, weight.dtype, adapter.dtype].append(noise)
+                with_copy = noise.copy is not None
+                groups[weight.device, weight.dtype, adapter.dtype, with_copy].append(noise)
             else:
                 others.append(noise)
         self._others = others
@@ -69,7 +69,7 @@ class SweptLayers:
             self._sweeps.append(Sweep([_row(noise, self._clocks) for noise in group]))
 
 
-def _sweepable(noise: LayerNoise, *, copies: bool) -> bool:
+def _sweepable(noise: LayerNoise) -> bool:
     target = noise.target
     weight = target.stored.tensor
     if target.units:  # FSDP2's, and served by `flatlora.sharded`
@@ -77,8 +77,6 @@ def _sweepable(noise: LayerNoise, *, copies: bool) -> bool:
     if not (target.stored.is_dense and not target.transposed and weight.dim() == 2):
         return False
     if type(weight) is not torch.nn.Parameter or not ops.kernels_serve(weight):
-        return False
-    if copies and noise.copy is None:
         return False
     from flatlora.ops.sweep import sweepable
 

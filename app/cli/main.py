@@ -40,7 +40,7 @@ def up() -> None:
     if find_spec("torch") is None:
         fail(
             "this environment has no torch, so no job could be trained here",
-            "Install flatlora[worker], or start the API alone with `flatlora api`.",
+            "Install flatlora-service[worker], or start the API alone with `flatlora api`.",
             code=USAGE,
         )
     raise typer.Exit(run_up(get_settings()))
@@ -76,7 +76,7 @@ def validate(
     if find_spec("transformers") is None:
         fail(
             "this environment has no transformers, which reads rows and templates",
-            "Install flatlora[worker], or submit the job with --dry-run.",
+            "Install flatlora-service[worker], or submit the job with --dry-run.",
             code=USAGE,
         )
     options = {

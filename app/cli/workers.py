@@ -42,7 +42,7 @@ def worker(
     if missing:
         fail(
             f"this environment has no {', '.join(missing)}",
-            "Install flatlora[worker,cluster].",
+            "Install flatlora-service[worker,cluster].",
             code=USAGE,
         )
     # In place of this process: a service manager's signals reach the worker itself.

@@ -29,7 +29,7 @@ def broker(settings: Settings) -> Iterator[Finding]:
         return
     if find_spec("redis") is None or find_spec("celery") is None:
         found = "no client for Redis, or no Celery, is installed here"
-        yield fail("broker", found, EXPECTED, "pip install flatlora[cluster]")
+        yield fail("broker", found, EXPECTED, "pip install flatlora-service[cluster]")
         return
     from redis import Redis
     from redis.backoff import NoBackoff

@@ -60,7 +60,7 @@ def gpu(settings: Settings) -> Iterator[Finding]:
 def _without_torch(settings: Settings) -> Finding:
     if settings.is_cluster:
         return ok("torch", "none here: this machine can serve the API, and trains nothing")
-    mend = "pip install flatlora[worker], or run `flatlora api` and train elsewhere."
+    mend = "pip install flatlora-service[worker], or run `flatlora api` and train elsewhere."
     return fail("torch", "none here, so `flatlora up` cannot train", "torch", mend)
 
 

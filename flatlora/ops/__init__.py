@@ -24,6 +24,7 @@ from flatlora.ops.reference import merged_row_std, row_square_norm
 __all__ = [
     "Backend",
     "Stream",
+    "backend",
     "clock_of",
     "kernels_serve",
     "merged_row_std",
@@ -41,24 +42,29 @@ _backend: Backend = "reference" if os.environ.get("FLATLORA_KERNELS") == "0" els
 
 
 @contextmanager
-def use(backend: Backend) -> Iterator[None]:
+def use(chosen: Backend) -> Iterator[None]:
     """Choose who computes inside the block, in all threads.
 
     Args:
-        backend: ``"auto"`` takes the kernels where they serve, ``"reference"`` never does,
+        chosen: ``"auto"`` takes the kernels where they serve, ``"reference"`` never does,
             ``"triton"`` always does: on a CPU that works under ``TRITON_INTERPRET=1`` alone.
 
     Raises:
         ValueError: If the backend is not one of these.
     """
     global _backend  # noqa: PLW0603  # the one place where the choice is kept
-    if backend not in get_args(Backend):
-        raise ValueError(f"backend must be one of {get_args(Backend)}, got {backend!r}")
-    before, _backend = _backend, backend
+    if chosen not in get_args(Backend):
+        raise ValueError(f"backend must be one of {get_args(Backend)}, got {chosen!r}")
+    before, _backend = _backend, chosen
     try:
         yield
     finally:
         _backend = before
+
+
+def backend() -> Backend:
+    """Who computes at present, see `use`."""
+    return _backend
 
 
 def kernels_serve(weight: Tensor) -> bool:

@@ -27,7 +27,7 @@ _DEPTH = 128  # columns of one matrix product
 _STAGES = 3
 _COUNTERS = 256  # of a tile of the copy
 _TILES = _ROWS * _COLS // (8 * _COUNTERS)
-_ADAPTER_COLS = 1024
+_ADAPTER_COLS = 2048
 
 _DTYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -79,12 +79,13 @@ def sweepable(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
 class Sweep:
     """Targets of one device, one weight dtype and one adapter dtype.
 
-    The cross term of the merged norm is computed with ``A`` rounded to the weights' dtype, as a
-    matrix product under autocast would: for bfloat16 a standard deviation differs from the
-    reference's by some 1e-5 of itself.
+    The merged norm is that of the adapter with ``A`` rounded to the weights' dtype, as a matrix
+    product under autocast rounds it: for bfloat16 a standard deviation differs from the reference's
+    by some 1e-5 of itself.
 
     Args:
-        rows: At least one target. Their tensors' addresses must stay as they are.
+        rows: At least one target; either all have a copy or none has. Their tensors' addresses
+            must stay as they are.
 
     Attributes:
         rows: As given.
@@ -95,13 +96,21 @@ class Sweep:
         first = rows[0]
         self.rows = tuple(rows)
         self.device = first.weight.device
-        self._dtype = _DTYPES[first.weight.dtype]
-        self._adapter_dtype = _DTYPES[first.lora_a.dtype]
-        self._rank = max(16, triton.next_power_of_2(max(row.lora_a.shape[0] for row in rows)))
-        self._a16 = [first.weight.new_empty(self._rank, row.weight.shape[1]) for row in rows]
-        self._gram = self._zeros(len(rows), self._rank, self._rank)
+        self._copies = first.copy is not None
+        rank = max(16, triton.next_power_of_2(max(row.lora_a.shape[0] for row in rows)))
+        self._constants = {
+            "DTYPE": _DTYPES[first.weight.dtype],
+            "ADAPTER": _DTYPES[first.lora_a.dtype],
+            "RP": rank,
+            "INTERPRET": INTERPRETED,
+        }
+        self._rounded = [
+            first.weight.new_empty(rank, row.weight.shape[1]) if self._copies else None
+            for row in rows
+        ]
+        self._gram = self._zeros(len(rows), rank, rank)
         self._chunks = max(triton.cdiv(row.weight.shape[1], _ADAPTER_COLS) for row in rows)
-        self._gram_parts = self._zeros(len(rows), self._chunks, self._rank, self._rank)
+        self._gram_parts = self._zeros(len(rows), self._chunks, rank, rank)
         self._gram_arrived = self._zeros(len(rows), dtype=torch.int32)
         self._targets = torch.tensor(
             [self._entry(i, row) for i, row in enumerate(rows)], dtype=torch.int64
@@ -110,45 +119,55 @@ class Sweep:
             [(row.scaling, 1 / math.sqrt(row.weight.shape[1])) for row in rows],
             dtype=torch.float32,
         ).to(self.device)
-        units, blocks = _units(rows)
+        if self._copies:
+            self._prepare_copies(first.weight.itemsize)
+        else:
+            self._blocks = _blocks(rows).to(self.device)
+
+    def run(self, sigma: float, clock: Int64[Tensor, "2"]) -> None:
+        """Write every target's standard deviations and, if they have one, its noisy copy.
+
+        Args:
+            sigma: Strength at this step.
+            clock: Step and draw, on the targets' device.
+        """
+        with on_device_of(self._targets):
+            kernels.adapters_kernel[(len(self.rows), self._chunks)](
+                self._targets, self._gram_parts, self._gram_arrived, **self._constants,
+                KC=_ADAPTER_COLS, BK=128, ROUNDED=self._copies, num_warps=4,
+            )  # fmt: skip
+            if self._copies:
+                self._run_with_copies(sigma, clock)
+            else:
+                kernels.norms_kernel[(len(self._blocks),)](
+                    self._targets, self._factors, self._blocks, sigma, **self._constants,
+                    R=_ROWS, KC=_COLS, BK=_DEPTH, num_warps=4, num_stages=_STAGES,
+                )  # fmt: skip
+        written = [row.std for row in self.rows]
+        written += [row.copy for row in self.rows if row.copy is not None]
+        torch.autograd.graph.increment_version(written)  # torch has not seen the writing
+
+    def _prepare_copies(self, itemsize: int) -> None:
+        units, blocks = _units(self.rows)
         self._units = units.to(self.device)
         self._parts = self._zeros(len(units), _ROWS)
         self._arrived = self._zeros(blocks, dtype=torch.int32)
         self._ready = self._zeros(blocks, dtype=torch.int32)
         self._epoch = 0
         # A block's copy waits for all of its units, so these have to start before it.
-        chunks = max(triton.cdiv(row.weight.shape[1], _COLS) for row in rows)
-        cached = _lag_bytes(self.device) // (_ROWS * _COLS * first.weight.itemsize)
+        chunks = max(triton.cdiv(row.weight.shape[1], _COLS) for row in self.rows)
+        cached = _lag_bytes(self.device) // (_ROWS * _COLS * itemsize)
         self._lag = min(len(units), max(chunks, cached))
 
-    def run(self, sigma: float, clock: Int64[Tensor, "2"], *, copies: bool) -> None:
-        """Write every target's standard deviations and, if asked for, its noisy copy.
-
-        Args:
-            sigma: Strength at this step.
-            clock: Step and draw, on the targets' device.
-            copies: Whether the noisy copies are written too.
-        """
+    def _run_with_copies(self, sigma: float, clock: Int64[Tensor, "2"]) -> None:
         self._epoch += 1  # the flags of the launch before are stale, and need no reset
         count = len(self._units)
-        with on_device_of(self._units):
-            kernels.adapters_kernel[(len(self.rows), self._chunks)](
-                self._targets, self._gram_parts, self._gram_arrived,
-                DTYPE=self._dtype, ADAPTER=self._adapter_dtype, RP=self._rank,
-                KC=_ADAPTER_COLS, BK=128, INTERPRET=INTERPRETED, num_warps=4,
-            )  # fmt: skip
-            programs = (count + self._lag) * (_TILES + 1) if copies else count
-            kernels.sweep_kernel[(programs,)](
-                self._targets, self._factors, self._units, self._parts, self._arrived,
-                self._ready, clock, count, self._lag, self._epoch, sigma,
-                DTYPE=self._dtype, ADAPTER=self._adapter_dtype, RP=self._rank, R=_ROWS,
-                KC=_COLS, BK=_DEPTH, C8=_COUNTERS, TILES=_TILES, COPIES=copies,
-                INTERPRET=INTERPRETED, num_warps=4, num_stages=_STAGES,
-            )  # fmt: skip
-        written = [row.std for row in self.rows]
-        if copies:
-            written += [row.copy for row in self.rows if row.copy is not None]
-        torch.autograd.graph.increment_version(written)  # torch has not seen the writing
+        kernels.sweep_kernel[((count + self._lag) * (_TILES + 1),)](
+            self._targets, self._factors, self._units, self._parts, self._arrived, self._ready,
+            clock, count, self._lag, self._epoch, sigma, **self._constants,
+            R=_ROWS, KC=_COLS, BK=_DEPTH, C8=_COUNTERS, TILES=_TILES,
+            num_warps=4, num_stages=_STAGES,
+        )  # fmt: skip
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
@@ -161,7 +180,8 @@ class Sweep:
         entry[kernels.SQUARE_NORM] = row.square_norm.data_ptr()
         entry[kernels.A] = row.lora_a.data_ptr()
         entry[kernels.B] = row.lora_b.data_ptr()
-        entry[kernels.A16] = self._a16[i].data_ptr()
+        rounded = self._rounded[i]
+        entry[kernels.A16] = 0 if rounded is None else rounded.data_ptr()
         entry[kernels.GRAM] = self._gram[i].data_ptr()
         entry[kernels.KEY0], entry[kernels.KEY1] = row.key
         entry[kernels.ROWS], entry[kernels.COLS] = row.weight.shape
@@ -177,6 +197,15 @@ def _lag_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     return torch.cuda.get_device_properties(device).L2_cache_size // 3
+
+
+def _blocks(rows: Sequence[Row]) -> Tensor:
+    """The table of blocks of rows, ``(blocks, 2)``: target and number of the block in it."""
+    tables = []
+    for i, row in enumerate(rows):
+        block = torch.arange(triton.cdiv(row.weight.shape[0], _ROWS), dtype=torch.int32)
+        tables.append(torch.stack([torch.full_like(block, i), block], dim=1))
+    return torch.cat(tables)
 
 
 def _units(rows: Sequence[Row]) -> tuple[Tensor, int]:

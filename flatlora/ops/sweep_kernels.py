@@ -54,9 +54,12 @@ def _dot(x, y, accumulator, INTERPRET: tl.constexpr):
 def adapters_kernel(
     targets, partial, arrived,
     DTYPE: tl.constexpr, ADAPTER: tl.constexpr, RP: tl.constexpr,
-    KC: tl.constexpr, BK: tl.constexpr, INTERPRET: tl.constexpr,
+    KC: tl.constexpr, BK: tl.constexpr, ROUNDED: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Round each ``A`` to the weights' dtype, padded to ``RP`` rows, and compute its ``A A^T``."""
+    """Compute each ``A A^T``, with ``A`` rounded to the weights' dtype and padded to ``RP`` rows.
+
+    With ``ROUNDED`` that ``A`` is written too.
+    """
     target = tl.program_id(0)
     chunk = tl.program_id(1)
     entry = targets + target * _FIELDS
@@ -64,7 +67,6 @@ def adapters_kernel(
     chunks = tl.cdiv(cols, KC)
     if chunk < chunks:
         a = _pointer(entry + _A, ADAPTER)
-        a16 = _pointer(entry + _A16, DTYPE)
         rank = tl.load(entry + _RANK)
         unit = tl.arange(0, RP)
         gram = tl.zeros([RP, RP], tl.float32)
@@ -74,7 +76,8 @@ def adapters_kernel(
             inside = (k < cols)[None, :]
             x = tl.load(a + place, mask=inside & (unit < rank)[:, None], other=0.0)
             x = narrow(x.to(tl.float32), DTYPE, INTERPRET)
-            tl.store(a16 + place, x, mask=inside)
+            if ROUNDED:
+                tl.store(_pointer(entry + _A16, DTYPE) + place, x, mask=inside)
             gram = _dot(x, tl.trans(x), gram, INTERPRET)
         square = unit[:, None] * RP + unit[None, :]
         slots = partial + target * tl.num_programs(1) * (RP * RP)
@@ -89,6 +92,91 @@ def adapters_kernel(
 
 
 @triton.jit
+def _share(
+    entry, block, chunk, b,
+    DTYPE: tl.constexpr, ADAPTER: tl.constexpr, RP: tl.constexpr, R: tl.constexpr,
+    KC: tl.constexpr, BK: tl.constexpr, ROUNDED: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """One unit's share of ``(W A^T)_i . B_i``, for the rows of a block."""
+    rows = tl.load(entry + _ROWS)
+    cols = tl.multiple_of(tl.load(entry + _COLS), 8)
+    weight = _pointer(entry + _WEIGHT, DTYPE)
+    row = block.to(tl.int64) * R + tl.arange(0, R)
+    r = tl.arange(0, RP)
+    product = tl.zeros([R, RP], tl.float32)
+    for start in range(0, KC, BK):
+        k = chunk * KC + start + tl.arange(0, BK)
+        w = tl.load(
+            weight + row[:, None] * cols + k[None, :],
+            mask=(row < rows)[:, None] & (k < cols)[None, :], other=0.0,
+        )  # fmt: skip
+        place = r[None, :] * cols + k[:, None]
+        if ROUNDED:
+            a = tl.load(_pointer(entry + _A16, DTYPE) + place, mask=(k < cols)[:, None], other=0.0)
+        else:
+            inside = (k < cols)[:, None] & (r < tl.load(entry + _RANK))[None, :]
+            a = tl.load(_pointer(entry + _A, ADAPTER) + place, mask=inside, other=0.0)
+            a = narrow(a.to(tl.float32), DTYPE, INTERPRET)
+        product = _dot(w, a, product, INTERPRET)
+    return tl.sum(product * b, axis=1)
+
+
+@triton.jit
+def _adapter_rows(entry, block, ADAPTER: tl.constexpr, RP: tl.constexpr, R: tl.constexpr):
+    """The rows of ``B`` that belong to a block, float32."""
+    rank = tl.load(entry + _RANK)
+    row = block.to(tl.int64) * R + tl.arange(0, R)
+    r = tl.arange(0, RP)
+    inside = (row < tl.load(entry + _ROWS))[:, None] & (r < rank)[None, :]
+    place = row[:, None] * rank + r[None, :]
+    return tl.load(_pointer(entry + _B, ADAPTER) + place, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_std(
+    entry, factors, target, block, b, cross, sigma,
+    RP: tl.constexpr, R: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Turn a block's sums into standard deviations."""
+    row = block.to(tl.int64) * R + tl.arange(0, R)
+    inside = row < tl.load(entry + _ROWS)
+    r = tl.arange(0, RP)
+    gram = tl.load(_pointer(entry + _GRAM, tl.float32) + r[:, None] * RP + r[None, :])
+    product = tl.dot(b, gram, input_precision="ieee" if INTERPRET else "tf32x3")
+    update = tl.sum(product * b, axis=1)
+    s = tl.load(factors + target * 2)
+    scale = tl.load(factors + target * 2 + 1) * sigma
+    clean = tl.load(_pointer(entry + _SQUARE_NORM, tl.float32) + row, mask=inside, other=0.0)
+    merged = clean + 2.0 * s * cross + s * s * update
+    # rounding can push the sum below zero where the update cancels the weight
+    std = tl.sqrt(tl.maximum(merged, 0.0)) * scale
+    tl.store(_pointer(entry + _STD, tl.float32) + row, std, mask=inside)
+
+
+@triton.jit(do_not_specialize=["sigma"])
+def norms_kernel(
+    targets, factors, blocks, sigma,
+    DTYPE: tl.constexpr, ADAPTER: tl.constexpr, RP: tl.constexpr, R: tl.constexpr,
+    KC: tl.constexpr, BK: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """Standard deviations alone: a program does all units of a block, in their order.
+
+    It adds what `sweep_kernel` adds, in the same order, so the results are the same bits; and it
+    needs no memory for what several programs would hand to each other.
+    """
+    target = tl.load(blocks + tl.program_id(0) * 2)
+    block = tl.load(blocks + tl.program_id(0) * 2 + 1)
+    entry = targets + target * _FIELDS
+    b = _adapter_rows(entry, block, ADAPTER, RP, R)
+    cross = tl.zeros([R], tl.float32)
+    for chunk in range(0, tl.cdiv(tl.load(entry + _COLS), KC)):
+        cross += _share(
+            entry, block, chunk, b, DTYPE, ADAPTER, RP, R, KC, BK, False, INTERPRET
+        )  # fmt: skip
+    _store_std(entry, factors, target, block, b, cross, sigma, RP, R, INTERPRET)
+
+
+@triton.jit
 def _norm_unit(
     targets, factors, units, partial, arrived, ready, unit, epoch, sigma,
     DTYPE: tl.constexpr, ADAPTER: tl.constexpr, RP: tl.constexpr,
@@ -99,48 +187,19 @@ def _norm_unit(
     chunk = tl.load(units + unit * 4 + 2)
     flag = tl.load(units + unit * 4 + 3)
     entry = targets + target * _FIELDS
-    rows = tl.load(entry + _ROWS)
-    cols = tl.multiple_of(tl.load(entry + _COLS), 8)
-    rank = tl.load(entry + _RANK)
-    weight = _pointer(entry + _WEIGHT, DTYPE)
-    a16 = _pointer(entry + _A16, DTYPE)
+    b = _adapter_rows(entry, block, ADAPTER, RP, R)
+    share = _share(entry, block, chunk, b, DTYPE, ADAPTER, RP, R, KC, BK, True, INTERPRET)
     lane = tl.arange(0, R)
-    row = block.to(tl.int64) * R + lane
-    r = tl.arange(0, RP)
-    product = tl.zeros([R, RP], tl.float32)
-    for start in range(0, KC, BK):
-        k = chunk * KC + start + tl.arange(0, BK)
-        w = tl.load(
-            weight + row[:, None] * cols + k[None, :],
-            mask=(row < rows)[:, None] & (k < cols)[None, :], other=0.0,
-        )  # fmt: skip
-        a = tl.load(a16 + r[None, :] * cols + k[:, None], mask=(k < cols)[:, None], other=0.0)
-        product = _dot(w, a, product, INTERPRET)
-    inside = (row < rows)[:, None] & (r < rank)[None, :]
-    b = tl.load(
-        _pointer(entry + _B, ADAPTER) + row[:, None] * rank + r[None, :], mask=inside, other=0.0
-    ).to(tl.float32)
-    tl.store(partial + unit.to(tl.int64) * R + lane, tl.sum(product * b, axis=1))
+    tl.store(partial + unit.to(tl.int64) * R + lane, share)
     tl.debug_barrier()
-    chunks = tl.cdiv(cols, KC)
+    chunks = tl.cdiv(tl.load(entry + _COLS), KC)
     if tl.atomic_add(arrived + flag, 1, sem="acq_rel") == chunks - 1:
         tl.store(arrived + flag, 0)
         first = (unit - chunk).to(tl.int64)
         cross = tl.zeros([R], tl.float32)
         for i in range(0, chunks):
             cross += tl.load(partial + (first + i) * R + lane, cache_modifier=".cg")
-        gram = tl.load(_pointer(entry + _GRAM, tl.float32) + r[:, None] * RP + r[None, :])
-        bg = tl.dot(b, gram, input_precision="ieee" if INTERPRET else "tf32x3")
-        update = tl.sum(bg * b, axis=1)
-        s = tl.load(factors + target * 2)
-        scale = tl.load(factors + target * 2 + 1) * sigma
-        clean = tl.load(
-            _pointer(entry + _SQUARE_NORM, tl.float32) + row, mask=row < rows, other=0.0
-        )
-        merged = clean + 2.0 * s * cross + s * s * update
-        # rounding can push the sum below zero where the update cancels the weight
-        std = tl.sqrt(tl.maximum(merged, 0.0)) * scale
-        tl.store(_pointer(entry + _STD, tl.float32) + row, std, mask=row < rows)
+        _store_std(entry, factors, target, block, b, cross, sigma, RP, R, INTERPRET)
         tl.debug_barrier()
         tl.atomic_xchg(ready + flag, epoch, sem="release")
 
@@ -187,26 +246,20 @@ def sweep_kernel(
     targets, factors, units, partial, arrived, ready, clock, count, lag, epoch, sigma,
     DTYPE: tl.constexpr, ADAPTER: tl.constexpr, RP: tl.constexpr, R: tl.constexpr,
     KC: tl.constexpr, BK: tl.constexpr, C8: tl.constexpr, TILES: tl.constexpr,
-    COPIES: tl.constexpr, INTERPRET: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """Standard deviations of all rows and, with ``COPIES``, the noisy copies."""
+    """Standard deviations of all rows and, ``lag`` units behind, all noisy copies."""
     program = tl.program_id(0)
-    if COPIES:
-        unit = program // (TILES + 1)
-        part = program % (TILES + 1)
-        if part == 0:
-            if unit < count:
-                _norm_unit(
-                    targets, factors, units, partial, arrived, ready, unit, epoch, sigma,
-                    DTYPE, ADAPTER, RP, R, KC, BK, INTERPRET,
-                )  # fmt: skip
-        elif unit >= lag:
-            _copy_tile(
-                targets, units, ready, clock, unit - lag, part - 1, epoch,
-                DTYPE, R, TILES, C8, INTERPRET,
+    unit = program // (TILES + 1)
+    part = program % (TILES + 1)
+    if part == 0:
+        if unit < count:
+            _norm_unit(
+                targets, factors, units, partial, arrived, ready, unit, epoch, sigma,
+                DTYPE, ADAPTER, RP, R, KC, BK, INTERPRET,
             )  # fmt: skip
-    else:
-        _norm_unit(
-            targets, factors, units, partial, arrived, ready, program, epoch, sigma,
-            DTYPE, ADAPTER, RP, R, KC, BK, INTERPRET,
+    elif unit >= lag:
+        _copy_tile(
+            targets, units, ready, clock, unit - lag, part - 1, epoch,
+            DTYPE, R, TILES, C8, INTERPRET,
         )  # fmt: skip

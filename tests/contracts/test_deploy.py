@@ -236,7 +236,7 @@ def closure(*roots: str) -> set[str]:
         seen.add(str(wanted))
         name = canonicalize_name(wanted.name)
         found.add(name)
-        needed = own(wanted.extras) if name == "flatlora" else needs(wanted)
+        needed = own(wanted.extras) if name == "flatlora-service" else needs(wanted)
         waiting += needed
     return found
 
@@ -264,15 +264,22 @@ class TestImages:
     def test_the_api_brings_no_torch(self) -> None:
         [extras] = re.findall(r'"\.\[(api[\w,]*)\]"', DOCKERFILE)
 
-        assert not closure(f"flatlora[{extras}]") & {"torch", "transformers", "peft"}
+        assert not closure(f"flatlora-service[{extras}]") & {"torch", "transformers", "peft"}
+
+    def test_the_library_alone_brings_torch_and_nothing_of_the_service(self) -> None:
+        brought = closure("flatlora")
+
+        assert "torch" in brought
+        service = {canonicalize_name(one.name) for one in own({"api", "cluster", "telemetry"})}
+        assert not brought & (service | {"transformers", "peft", "accelerate"})
 
     def test_the_worker_brings_torch_and_all_that_the_api_has(self) -> None:
         [api] = re.findall(r'"\.\[(api[\w,]*)\]"', DOCKERFILE)
         [worker] = re.findall(r'"\.\[(worker[\w,]*)\]"', DOCKERFILE)
 
-        brought = closure(f"flatlora[{worker}]")
+        brought = closure(f"flatlora-service[{worker}]")
         assert "torch" in brought
-        assert closure(f"flatlora[{api}]") <= brought
+        assert closure(f"flatlora-service[{api}]") <= brought
 
     def test_they_run_as_nobody_special_and_are_told_of_signals(self) -> None:
         runtime = stage("runtime")
@@ -288,7 +295,7 @@ class TestImages:
         let_in = set(re.findall(r"^!(\S+)", (ROOT / ".dockerignore").read_text(), re.MULTILINE))
         packages = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
 
-        assert {*packages, "pyproject.toml", "constraints.txt", "README.md", "LICENSE"} == let_in
+        assert {*packages, "flatlora", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"} == let_in
 
 
 class TestKubernetes:

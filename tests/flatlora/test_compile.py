@@ -15,8 +15,12 @@ from flatlora.config import Memory
 
 MakeModel = Callable[..., PeftModel]
 MakeBatch = Callable[..., dict[str, Tensor]]
-# torch 2.11's inductor is built on what it deprecates
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning")
+pytestmark = [
+    # torch 2.11's inductor is built on what it deprecates
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
+    pytest.mark.filterwarnings("ignore:The CUDA Graph is empty"),  # its manager begins with one
+]
 STEPS = (0, 3, 4, 5)
 MEMORIES: list[Memory] = ["resident", "streamed"]
 

@@ -130,7 +130,7 @@ class TestSweep:
         from flatlora.ops.sweep import Sweep
 
         rows = self.rows(dtype, adapters, rank, copies=False)
-        Sweep(rows).run(0.1, torch.tensor([9, 3], device=DEVICE), copies=False)
+        Sweep(rows).run(0.1, torch.tensor([9, 3], device=DEVICE))
         for row in rows:
             plain = row.square_norm.sqrt().unsqueeze(1) * (0.1 / math.sqrt(row.weight.shape[1]))
             for a, tolerance in ((row.lora_a, 3e-4), (row.lora_a.to(dtype), 2e-5)):
@@ -148,7 +148,7 @@ class TestSweep:
         sweep = Sweep(rows)
         for step in (9, 10):  # the second time over the first one's flags and counters
             before = [row.std._version for row in rows]
-            sweep.run(0.1, torch.tensor([step, 3], device=DEVICE), copies=True)
+            sweep.run(0.1, torch.tensor([step, 3], device=DEVICE))
             assert all(row.std._version > v for row, v in zip(rows, before, strict=True))
             for row in rows:
                 assert row.copy is not None
@@ -165,8 +165,8 @@ class TestSweep:
         alone, both = (
             self.rows(torch.bfloat16, torch.float32, 16, copies=copies) for copies in (False, True)
         )
-        Sweep(alone).run(0.1, clock, copies=False)
-        Sweep(both).run(0.1, clock, copies=True)
+        Sweep(alone).run(0.1, clock)
+        Sweep(both).run(0.1, clock)
         for a, b in zip(alone, both, strict=True):
             assert torch.equal(a.std, b.std)
 
