@@ -31,8 +31,8 @@ TOKENS = 64
 SHOWN = (1, 10, 100, 1000)
 # Share by which the methods' effects on the outputs may differ: they draw other noise.
 STRENGTH_TOLERANCE = 0.05
-
-DRAWS = 8
+# So many that their mean is known to a quarter of that.
+DRAWS = 65
 
 Perturb = Callable[[int, int], AbstractContextManager[None]]
 """Perturbs at a step, by one of several draws."""
@@ -75,6 +75,7 @@ def measure(model: nn.Module, width: int, steps: int, seed: int) -> dict[str, di
     """Every method from the same weights."""
     flat = FlatLora(model, FlatLoraConfig(SIGMA, seed), total_steps=steps + 1)
     theirs = published.AddSubtract(flat.targets)
+    last = sigma_at(steps, steps + 1, SIGMA)  # all but full strength, unless steps are few
 
     def add_subtract(sigma: Callable[[int], float]) -> Perturb:
         @contextmanager
@@ -89,7 +90,7 @@ def measure(model: nn.Module, width: int, steps: int, seed: int) -> dict[str, di
     methods: dict[str, Perturb] = {
         "flatlora": flat.perturbed,
         "add and subtract": add_subtract(lambda step: sigma_at(step, steps + 1, SIGMA)),
-        "add and subtract, σ throughout": add_subtract(lambda _: SIGMA),
+        "add and subtract, σ throughout": add_subtract(lambda _: last),
     }
     weights = [target.weight for target in flat.targets]
     before = [weight.detach().clone() for weight in weights]

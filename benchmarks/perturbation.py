@@ -4,34 +4,42 @@
 
 First, for each shape, a noisy copy by the library (kernels where it has them), the same by its
 reference, and the published algorithm's one direction, against a copy of the weight to a workspace.
-Then all linear layers of an 8B Llama in resident mode: entering and leaving the perturbation of one
-optimizer step, against one copy of the same bytes and against the published algorithm's overhead in
-the same step. Kinds take turns; medians. The device's time is measured behind a pause that lets the
-host ask for everything in advance; the host's time and the time of both (wall) without one.
+Then all linear layers of an 8B Llama: one optimizer step's overhead against one copy of the same
+bytes, and against the published algorithm's in the same step. Resident mode's is entering the
+perturbation, where all noisy copies are written; streamed mode's is entering it, where the norms
+are taken, and two noisy copies of each layer for each micro-batch, forward and backward. Beside
+them what comes once in a run, and the memory that each mode takes beyond the model. Kinds take
+turns; medians. The device's time is measured behind a pause that lets the host ask for everything
+in advance; the host's time and the time of both (wall) without one.
 
-Ends with 1, and without ratios, if the noisy copies disagree. `--small` is the default on a CPU.
+Ends with 1, and without ratios, if a kernel's noisy copies differ from the reference's, or if in a
+mode any layer's noisy weight does at one of two steps (see `agreement.require_same_noise`).
+`--small` is the default on a CPU, where no kernel is compared.
 """
 
 import argparse
+import gc
 import itertools
 import math
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import agreement, llama, published, report
-from benchmarks.timing import Kind, Times, take_turns
-from flatlora import FlatLora, FlatLoraConfig, Target, ops, sigma_at
+from benchmarks.timing import Kind, Times, synchronise, take_turns
+from flatlora import FlatLora, FlatLoraConfig, Memory, ops
 
 SHAPES = ((4096, 4096), (14336, 4096), (28672, 8192))
 SMALL_SHAPES = ((96, 64), (128, 256))
 SIGMA, SEED = 0.05, 42
 STEP, TOTAL_STEPS = 5000, 10_000
+MODES = ("resident", "streamed")
 # Far more than any cache holds.
 WORKING_SET = 1.5e9
 
@@ -60,23 +68,28 @@ def noisy_copy_times(
 ) -> dict[str, Any]:
     """One shape: agreement first, then times in turns."""
     stream = ops.Stream(ops.noise_key(SEED, "layer"), STEP, 0)
-    agreed = agreement.require_same_normals(shape, stream, device)
     size = shape[0] * shape[1] * torch.bfloat16.itemsize
     pairs = 2 if small else max(2, math.ceil(WORKING_SET / (2 * size)))
     weights = [_weight(shape, device) for _ in range(pairs)]
     outs = [torch.empty_like(weight) for weight in weights]
     std = weights[0].float().norm(dim=1, keepdim=True) * (SIGMA / math.sqrt(shape[1]))
-    agreed |= agreement.require_same_noisy_copy(weights[0], std, stream)
-    kinds = _copy_kinds(weights, outs, std, stream)
+    kinds, agreed = _copy_kinds(weights, outs, std, stream), {}
+    if ops.kernels_serve(weights[0]):
+        agreed = agreement.require_same_normals(shape, stream, device)
+        agreed |= agreement.require_same_noisy_copy(weights[0], std, stream)
+    else:
+        del kinds["reference"]  # it is what makes the noisy copies here
     times = take_turns(kinds, device, rounds=rounds)
     copy, noisy = times["copy"].device, times["noisy copy"].device
     return {
         "shape": shape,
-        "agreement": agreed,
+        "agreement": agreed or report.NO_KERNELS,
         "seconds": {name: asdict(taken) for name, taken in times.items()},
         "copy_bytes_per_second": 2 * size / copy,
         "share_of_copy_bandwidth": copy / noisy,
-        "reference_over_noisy_copy": times["reference"].device / noisy,
+        "reference_over_noisy_copy": (
+            times["reference"].device / noisy if "reference" in times else None
+        ),
         "published_over_copy": times["published, one direction"].device / copy,
         "published_over_noisy_copy": times["published, one direction"].device / noisy,
     }
@@ -106,36 +119,120 @@ def _copy_kinds(
 def step_times(shape: llama.Shape, device: torch.device, *, rounds: int) -> dict[str, Any]:
     """All adapted layers of one model: agreement first, then one step's overhead in turns."""
     model, flat_weights = llama.bare_linears(shape, device, torch.bfloat16)
-    config = FlatLoraConfig(SIGMA, SEED, memory="resident")
-    flat = FlatLora(model, config, TOTAL_STEPS)
-    agreed = require_same_step(flat, model, count=len(llama.LINEARS))
-    times = take_turns(_step_kinds(flat, flat_weights), device, rounds=rounds)
+    agreed = {mode: require_same_step(model, mode) for mode in MODES}
+    engines, set_up = {}, {}
+    for mode in MODES:
+        engines[mode], set_up[mode] = _set_up(model, mode, device)
+    times = take_turns(_step_kinds(engines, flat_weights), device, rounds=rounds)
     copy = min(times[name].device for name in ("copy by tensor", "copy at once"))
-    engine, theirs = times["engine"], times["published"]
+    ours = [name for name in times if name.startswith(MODES)]
     return {
         "shape": asdict(shape),
-        "targets": len(flat.targets),
+        "targets": len(engines["resident"].targets),
         "bytes": flat_weights.nbytes,
+        "largest_target_bytes": max(t.weight.nbytes for t in engines["resident"].targets),
         "agreement": agreed,
+        "set_up": set_up,
         "seconds": {name: asdict(taken) for name, taken in times.items()},
-        "engine_over_copy": engine.device / copy,
-        "engine_wall_over_copy": engine.wall / copy,
-        "published_over_engine": theirs.device / engine.device,
-        "published_over_engine_wall": theirs.wall / engine.wall,
+        "over_copy": {name: times[name].device / copy for name in ours},
+        "wall_over_copy": {name: times[name].wall / copy for name in ours},
+        "published_over": {name: times["published"].device / times[name].device for name in ours},
+        "published_over_wall": {name: times["published"].wall / times[name].wall for name in ours},
     }
 
 
-def _step_kinds(flat: FlatLora, flat_weights: Tensor) -> dict[str, Kind]:
-    weights = [target.weight for target in flat.targets]
+def require_same_step(model: nn.Module, mode: str) -> dict[str, float]:
+    """At two steps all layers compute with the reference's noisy weights, as strong as published.
+
+    Raises:
+        Disagreement: If a noisy weight differs by more than roundings, or a standard deviation of
+            the published algorithm by more than bfloat16's.
+    """
+    flat, worst = _engine(model, mode), {"published_std_error": 0.0}
+    for step in (STEP, STEP + 1):
+        worst |= agreement.require_same_noise(
+            model, flat, step=step, total_steps=TOTAL_STEPS, sigma=SIGMA, seed=SEED
+        )
+    for layer in agreement.adapted_layers(model).values():
+        units = agreement.compared_units(layer)
+        theirs = published.merged_row_std(
+            layer.base_layer.weight[units],
+            layer.lora_A["default"].weight,
+            layer.lora_B["default"].weight[units],
+            scaling=layer.scaling["default"],
+            sigma=SIGMA,
+        )
+        std = agreement.reference_std(layer, units, SIGMA)
+        agreed = agreement.require_same_std(theirs, std, agreement.BFLOAT16_STD_TOLERANCE)
+        worst["published_std_error"] = max(worst["published_std_error"], agreed["std_error"])
+    return worst
+
+
+def _engine(model: nn.Module, mode: str) -> FlatLora:
+    memory: Memory = next(known for known in get_args(Memory) if known == mode)
+    return FlatLora(model, FlatLoraConfig(SIGMA, SEED, memory=memory), TOTAL_STEPS)
+
+
+def _set_up(
+    model: nn.Module, mode: str, device: torch.device
+) -> tuple[FlatLora, dict[str, float | None]]:
+    """An engine; the seconds that it needs once in a run, and the bytes it takes at most.
+
+    Kernels are compiled already: other engines of the same model have been entered.
+    """
+    before = _allocated(device)
+    moments = [_now(device)]
+    flat = _engine(model, mode)
+    moments.append(_now(device))
+    for noise in flat._perturbation._noises:
+        noise.square_norm()
+    moments.append(_now(device))
+    with flat.perturbed(STEP):
+        moments.append(_now(device))
+        if mode == "streamed":
+            _write_all(flat, times=1)
+    build, norms, enter = (b - a for a, b in itertools.pairwise(moments))
+    taken = None
+    if before is not None:
+        taken = torch.cuda.max_memory_allocated(device) - before
+    return flat, {
+        "build": build, "base_norms": norms, "first_entry": enter, "bytes": taken,
+    }  # fmt: skip
+
+
+def _allocated(device: torch.device) -> int | None:
+    """Bytes allocated on a GPU, from where the peak starts anew; not known elsewhere."""
+    if device.type != "cuda":
+        return None
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
+
+
+def _now(device: torch.device) -> float:
+    synchronise(device)
+    return time.perf_counter()
+
+
+@torch.no_grad()
+def _write_all(flat: FlatLora, times: int) -> None:
+    """What the passes of streamed mode do but for the products."""
+    for _ in range(times):
+        for noise in flat._perturbation._noises:
+            noise.write_to_workspace(noise.target.weight, noise.std, noise.clock)
+
+
+def _step_kinds(engines: dict[str, FlatLora], flat_weights: Tensor) -> dict[str, Kind]:
+    targets = engines["resident"].targets
+    weights = [target.weight for target in targets]
     flat_out = torch.empty_like(flat_weights)
     ends = list(itertools.accumulate(weight.numel() for weight in weights))
     outs = [
         flat_out[end - weight.numel() : end].view(weight.shape)
         for end, weight in zip(ends, weights, strict=True)
     ]
-    steps, theirs = itertools.cycle(range(STEP, TOTAL_STEPS)), published.AddSubtract(flat.targets)
-
-    adapters = [matrix for t in flat.targets for matrix in (t.lora_a, t.lora_b)]
+    steps, theirs = itertools.cycle(range(STEP, TOTAL_STEPS)), published.AddSubtract(targets)
+    adapters = [matrix for t in targets for matrix in (t.lora_a, t.lora_b)]
 
     @torch.no_grad()
     def optimizer_step() -> None:  # so that nothing of the last step's norms may be kept
@@ -146,9 +243,12 @@ def _step_kinds(flat: FlatLora, flat_weights: Tensor) -> dict[str, Kind]:
         for out, weight in zip(outs, weights, strict=True):
             out.copy_(weight)
 
-    def engine(_: int) -> None:
-        with flat.perturbed(next(steps)):
-            pass
+    def engine(mode: str, writings: int = 0) -> Kind:
+        def enter(_: int) -> None:
+            with engines[mode].perturbed(next(steps)):
+                _write_all(engines[mode], writings)
+
+        return Kind(enter, prepare=optimizer_step)
 
     def add_subtract(_: int) -> None:
         theirs.add(SIGMA, SEED)
@@ -157,58 +257,12 @@ def _step_kinds(flat: FlatLora, flat_weights: Tensor) -> dict[str, Kind]:
     return {
         "copy by tensor": Kind(by_tensor),
         "copy at once": Kind(lambda _: flat_out.copy_(flat_weights)),
-        "engine": Kind(engine, prepare=optimizer_step),
+        "resident": engine("resident"),
+        "streamed, entry": engine("streamed"),
+        "streamed, 1 micro-batch": engine("streamed", 2),
+        "streamed, 4 micro-batches": engine("streamed", 8),
         "published": Kind(add_subtract, prepare=optimizer_step),
     }
-
-
-@torch.no_grad()
-def require_same_step(flat: FlatLora, model: torch.nn.Module, count: int) -> dict[str, float]:
-    """The first and last layers' noisy weights inside a step are the reference's.
-
-    A frozen layer that is given the unit matrix answers with the weight that it computes with.
-
-    Raises:
-        Disagreement: If a standard deviation or a noisy weight differs by more than roundings.
-    """
-    sigma, worst = sigma_at(STEP, TOTAL_STEPS, SIGMA), {"std_error": 0.0, "rounded_otherwise": 0.0}
-    modules = dict(model.named_modules())
-    with flat.perturbed(STEP):
-        for target in (*flat.targets[:count], *flat.targets[-count:]):
-            weight = target.weight
-            base = modules[f"base_model.model.{target.name}.base_layer"]
-            unit = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-            found = base(unit).T.contiguous()
-            std, reference_std = _row_std(target, sigma), _by_reference(_row_std, target, sigma)
-            stream = ops.Stream(ops.noise_key(SEED, target.name), STEP, 0)
-            expected = _by_reference(
-                ops.noisy_copy, weight, reference_std, stream, out=torch.empty_like(weight)
-            )
-            agreed = agreement.require_same_std(std, reference_std)
-            theirs = published.merged_row_std(
-                weight, target.lora_a, target.lora_b, scaling=target.scaling, sigma=sigma
-            )
-            agreement.require_same_std(theirs, reference_std, agreement.BFLOAT16_STD_TOLERANCE)
-            agreed |= agreement.require_rounded_alike(found, expected, reference_std)
-            worst = {name: max(worst[name], agreed[name]) for name in worst}
-    return worst
-
-
-def _row_std(target: Target, sigma: float) -> Tensor:
-    return ops.merged_row_std(
-        target.weight,
-        ops.row_square_norm(target.weight, transposed=False),
-        target.lora_a,
-        target.lora_b,
-        scaling=target.scaling,
-        sigma=sigma,
-        transposed=False,
-    )
-
-
-def _by_reference(operation: Callable[..., Tensor], *given: Any, **named: Any) -> Tensor:
-    with ops.use("reference"):
-        return operation(*given, **named)
 
 
 def _weight(shape: tuple[int, int], device: torch.device) -> Tensor:
@@ -221,7 +275,10 @@ def show_copies(copies: list[dict[str, Any]], device: torch.device) -> None:
         seconds = measured["seconds"]
         rows.append([
             "×".join(map(str, measured["shape"])),
-            *(f"{seconds[name]['device'] * 1e6:.1f}" for name in seconds),
+            *(
+                f"{seconds[name]['device'] * 1e6:.1f}" if name in seconds else report.NO_KERNELS
+                for name in ("copy", "noisy copy", "reference", "published, one direction")
+            ),
             f"{measured['copy_bytes_per_second'] / 1e12:.2f}",
             f"{measured['share_of_copy_bandwidth']:.3f}",
             f"{measured['published_over_copy']:.1f}",
@@ -240,15 +297,24 @@ def show_step(step: dict[str, Any], device: torch.device) -> None:
     for name, seconds in step["seconds"].items():
         taken = Times(**seconds)
         milliseconds = [f"{s * 1e3:.2f}" for s in (taken.device, taken.host, taken.wall)]
-        rows.append([name, *milliseconds, f"{taken.device / copy:.2f}"])
-    title = f"One step, {step['targets']} targets, {step['bytes'] / 1e9:.2f} GB, resident."
-    columns = ["", "device ms", "host ms", "wall ms", "÷ faster copy"]
+        ratios = [
+            f"{step[over][name]:.1f}" if name in step[over] else ""
+            for over in ("published_over", "published_over_wall")
+        ]
+        rows.append([name, *milliseconds, f"{taken.device / copy:.2f}", *ratios])
+    title = f"One step, {step['targets']} targets, {step['bytes'] / 1e9:.2f} GB."
+    columns = [
+        "", "device ms", "host ms", "wall ms", "÷ faster copy", "published ÷ ours, device", "wall",
+    ]  # fmt: skip
     report.show(f"{title} {report.headline(device)}", columns, rows)
-    report.show(
-        "Overhead of a step",
-        ["published ÷ engine, device", "published ÷ engine, wall"],
-        [[f"{step['published_over_engine']:.1f}", f"{step['published_over_engine_wall']:.1f}"]],
-    )
+    rows = []
+    for mode, needed in step["set_up"].items():
+        parts = [needed[name] for name in ("build", "base_norms", "first_entry")]
+        memory = "not known" if needed["bytes"] is None else f"{needed['bytes'] / 1e6:,.1f}"
+        rows.append([mode, *(f"{s * 1e3:.1f}" for s in (sum(parts), *parts)), memory])
+    title = f"Once in a run; largest target {step['largest_target_bytes'] / 1e6:.1f} MB."
+    columns = ["", "set-up ms", "building", "base norms", "first entry", "MB beyond the model"]
+    report.show(title, columns, rows)
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:

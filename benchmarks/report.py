@@ -4,6 +4,8 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import shlex
+import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,14 +15,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from flatlora import ops
+
+NO_KERNELS = "no kernels here"
+
 
 class Disagreement(Exception):
     """Two ways to compute one thing differ, so neither is faster than the other."""
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """Device, versions and date; a number without them cannot be measured again."""
+    """Command, device, versions and date; a number without them cannot be measured again."""
     return {
+        "command": shlex.join(["python", *sys.orig_argv[1:]]),
+        "commit": _commit(),
+        "kernels": kernels(device),
         "device": _device_name(device),
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "triton", "transformers", "peft")},
@@ -31,9 +40,14 @@ def machine(device: torch.device) -> dict[str, str]:
 
 def headline(device: torch.device) -> str:
     facts = machine(device)
-    return ", ".join(
-        [facts["device"], f"torch {facts['torch']}", f"triton {facts['triton']}", facts["date"]]
-    )
+    versions = [f"{name} {facts[name]}" for name in ("torch", "triton")]
+    return ", ".join([facts["device"], *versions, facts["kernels"], facts["date"]])
+
+
+def kernels(device: torch.device) -> str:
+    """Whether the library's kernels compute there, in words."""
+    serve = ops.kernels_serve(torch.empty(0, dtype=torch.bfloat16, device=device))
+    return "kernels" if serve else NO_KERNELS
 
 
 def show(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -65,6 +79,19 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({platform.machine()}), {torch.get_num_threads()} threads"
+
+
+def _commit() -> str:
+    """The commit of this folder, marked where files differ from it; "none" without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    folder = Path(__file__).parent
+    try:
+        found = subprocess.run(  # noqa: S603  # a constant command
+            command, cwd=folder, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "none"
+    return found.stdout.strip()
 
 
 def _version(name: str) -> str:

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -42,6 +43,31 @@ class Times:
     device: float
     host: float
     wall: float
+
+
+class Ticks:
+    """Times between steps, taken without waiting for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seen: list[Any] = []
+
+    def tick(self) -> None:
+        """A step ends here, and the next begins."""
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self._seen.append(event)
+        else:
+            self._seen.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """Seconds between ticks; waits for the device."""
+        synchronise(self._device)
+        pairs = zip(self._seen, self._seen[1:], strict=False)
+        if self._device.type == "cuda":
+            return [a.elapsed_time(b) / 1e3 for a, b in pairs]
+        return [b - a for a, b in pairs]
 
 
 def take_turns(kinds: Mapping[str, Kind], device: torch.device, *, rounds: int) -> dict[str, Times]:

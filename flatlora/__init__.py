@@ -1,10 +1,19 @@
-"""Flat-LoRA in plain PyTorch: train a LoRA adapter in a flat region of the full weight space."""
+"""Flat-LoRA for PyTorch and PEFT: train a LoRA adapter in a flat region of the full weight space.
+
+Everything runs in plain PyTorch; where Triton and a CUDA device are at hand, kernels take over.
+"""
 
 from typing import TYPE_CHECKING, Any
 
 from flatlora.config import FlatLoraConfig, Memory
 from flatlora.engine import FlatLora
-from flatlora.errors import AlreadyPerturbed, FlatLoraError, NoTargets, UnsupportedLayer
+from flatlora.errors import (
+    AlreadyPerturbed,
+    EvaluatedWhilePerturbed,
+    FlatLoraError,
+    NoTargets,
+    UnsupportedLayer,
+)
 from flatlora.schedule import sigma_at
 from flatlora.sharpness import Sharpness, SharpnessPoint, sharpness
 from flatlora.targets import Target, find_targets
@@ -14,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AlreadyPerturbed",
+    "EvaluatedWhilePerturbed",
     "FlatLora",
     "FlatLoraCallback",
     "FlatLoraConfig",

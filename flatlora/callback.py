@@ -9,6 +9,9 @@ a short accumulation window closes it like any other.
     on_epoch_end            noise off, where the epoch was stopped inside a window
     on_train_end            noise off, and its memory given back
 
+Inside a step trainers also call the model for what they do not differentiate: GRPO generates, DPO
+asks for the reference's log-probabilities. The noise is off for each such call of the base model.
+
 No event tells of an exception. What an interrupted step leaves behind is taken away when the model
 is next called in evaluation mode, or trained with this callback or another one.
 """
@@ -16,12 +19,14 @@ is next called in evaluation mode, or trained with this callback or another one.
 import atexit
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, ClassVar
 from weakref import WeakSet
 
+import torch
 from accelerate.state import AcceleratorState  # type: ignore[import-untyped]  # it has no types
+from accelerate.utils import is_compiled_module  # type: ignore[import-untyped]
 from torch import nn
 from transformers.trainer_callback import (
     ExportableState,
@@ -34,32 +39,39 @@ from typing_extensions import override
 
 from flatlora.config import FlatLoraConfig, Memory
 from flatlora.engine import FlatLora
-from flatlora.errors import AlreadyPerturbed, FlatLoraError, UnsupportedLayer
+from flatlora.errors import (
+    AlreadyPerturbed,
+    EvaluatedWhilePerturbed,
+    FlatLoraError,
+    UnsupportedLayer,
+)
+from flatlora.forward import NoisyForward
+from flatlora.linear import is_perturbed
 from flatlora.schedule import sigma_at
 from flatlora.targets import Target
 
 SIGMA_LOG = "flat_lora_sigma"
 
 
-class EvaluatedWhilePerturbed(FlatLoraError):
-    """The model was evaluated between two micro-batches of one optimizer step."""
-
-
 class FlatLoraCallback(TrainerCallback, ExportableState):
     """Makes a ``Trainer`` train its LoRA adapter with Flat-LoRA.
 
     The model is perturbed in the forward and backward passes of each optimizer step, of all its
-    micro-batches, and at no other time: not in the optimizer's step, not in evaluation, not while
-    a checkpoint is saved. Steps are the trainer's ``global_step`` of ``max_steps``, so a run
-    resumed from a checkpoint draws what an unbroken run draws. Ranks of DDP and FSDP2 draw each
-    their own noise; other ways to spread a model are refused by name before the first step.
+    micro-batches, and at no other time: not where no gradient is asked for, not in the optimizer's
+    step, not in evaluation, not while a checkpoint is saved. (DeepSpeed takes its optimizer's step
+    inside the training step: there the noise is on in it too, which A and B do not see.) Steps are
+    the trainer's ``global_step`` of ``max_steps``, so a run resumed from a checkpoint draws what an
+    unbroken run draws. Ranks of DDP and FSDP2 draw each their own noise; other ways to spread a
+    model are refused by name before the first step.
 
     Every log of the training loss gets ``flat_lora_sigma``, the strength at the last step, in
     ``trainer.state.log_history`` and in what callbacks after this one see; reporters such as
     TensorBoard's come before it and do not.
 
     An exception out of ``trainer.train()`` can leave the noise on until the model is called in
-    evaluation mode or trained by a trainer again; `close` takes it off at once.
+    evaluation mode or trained by a trainer again; `close` takes it off at once. Where memory ran
+    out, the next training with ``"auto"`` memory streams. What tells is that
+    ``auto_find_batch_size`` made batches smaller or, on CUDA, the allocator's count of such errors.
 
     Example::
 
@@ -87,8 +99,12 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
         self._flat: FlatLora | None = None
         self._noise = ExitStack()
         self._perturbing = False
+        self._paused: list[NoisyForward] = []
         self._calls: _Calls | None = None
         self._checked = False
+        self._batch_size = 0
+        self._memory_errors = 0
+        self._memory_ran_out = False
 
     @override
     def state(self) -> dict[str, Any]:
@@ -112,12 +128,17 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
             ValueError: If the checkpoint resumed from was trained with another sigma or seed.
         """
         model = kwargs["model"]
-        self._release_interrupted(model)  # before the engine looks for free memory
+        batch_size = state.train_batch_size or 0
+        is_reduced = args.auto_find_batch_size and batch_size < self._batch_size
+        self._release_interrupted(model, is_reduced)  # before the engine looks for free memory
         self._check_checkpoint(state)
         flat = FlatLora(model, self.config, total_steps=state.max_steps)
-        _check_parallelism(args, flat.targets)
+        _check_parallelism(args, model, flat.targets)
+        if self._memory_ran_out and self.config.memory == "auto":
+            flat.stream("memory ran out in an earlier run")
         self._flat, self.total_steps = flat, state.max_steps
-        self._calls, self._checked = None, False
+        self._batch_size, self._memory_errors = batch_size, _count_memory_errors(flat.targets)
+        self._calls, self._checked = None, self.config.sigma == 0 or _is_compiled(args, model)
         _callback_states(state)[type(self).__name__] = self.state()
         FlatLoraCallback._training.add(self)
 
@@ -130,15 +151,17 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
         Raises:
             AlreadyPerturbed: If other code perturbs the model.
             UnsupportedLayer: If adapters were merged, disabled or switched since training began.
-            ValueError: If the step lies outside the run.
         """
         self.close()
         flat, step = self._engine, state.global_step
         with ExitStack() as stack:
-            stack.enter_context(flat.perturbed(step))
-            hook = _base_model(kwargs["model"]).register_forward_pre_hook(self._close_in_evaluation)
-            stack.callback(hook.remove)
-            if not self._checked and self.config.sigma > 0:
+            if step < flat.total_steps:  # the trainer adds a step where it resumes at the end
+                stack.enter_context(flat.perturbed(step))
+            base = _base_model(kwargs["model"])
+            stack.callback(base.register_forward_pre_hook(self._before_call).remove)
+            after = base.register_forward_hook(self._after_call, always_call=True)
+            stack.callback(after.remove)
+            if not self._checked:
                 self._calls = _Calls(flat.targets, stack)
             self._noise = stack.pop_all()
         self._perturbing = True
@@ -195,7 +218,8 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
         """Add the last step's strength to a log of the training loss."""
         if self._flat is None or state.global_step < 1:
             return
-        sigma = sigma_at(state.global_step - 1, self._flat.total_steps, self.config.sigma)
+        step, total = state.global_step - 1, self._flat.total_steps
+        sigma = sigma_at(step, total, self.config.sigma) if step < total else 0.0
         for log in (kwargs["logs"], *state.log_history[-1:]):
             if "loss" in log:
                 log[SIGMA_LOG] = sigma
@@ -203,19 +227,23 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
     def close(self) -> None:
         """Take the noise off at once, if it is on; for code that goes on after an exception."""
         self._noise.close()
-        self._perturbing = False
+        self._perturbing, self._paused = False, []
 
     def _release(self) -> None:
         self.close()
         self._flat = None
         FlatLoraCallback._training.discard(self)
 
-    def _release_interrupted(self, model: nn.Module) -> None:
+    def _release_interrupted(self, model: nn.Module, is_reduced: bool) -> None:
         """Clean up after runs that an exception ended: this callback's, and others of the model."""
-        self._release()
         modules = {*model.modules()}
         for other in [*FlatLoraCallback._training]:
-            if any(target.base in modules for target in other._engine.targets):
+            targets = other._engine.targets
+            if other is self or any(target.base in modules for target in targets):
+                if _count_memory_errors(targets) > other._memory_errors or (
+                    is_reduced and other is self
+                ):
+                    self._memory_ran_out = True
                 other._release()
 
     @property
@@ -224,9 +252,32 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
             raise FlatLoraError("the callback was added to a trainer that is training already")
         return self._flat
 
-    def _close_in_evaluation(self, module: nn.Module, _: Any) -> None:
-        if not module.training:
+    def _before_call(self, base_model: nn.Module, _: Any) -> None:
+        """Take the noise off for good before an evaluation, and for this call before inference.
+
+        Here and not in each layer, as reentrant checkpointing calls layers without gradients.
+        """
+        if not base_model.training:
             self.close()
+        elif not torch.is_grad_enabled():
+            self._pause()
+
+    def _after_call(self, *_: Any) -> None:
+        if self._paused:
+            self._resume()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own is not typed
+    def _pause(self) -> None:
+        forwards = self._engine._perturbation._forwards
+        self._paused = [forward for forward in forwards if is_perturbed(forward.host)]
+        for forward in self._paused:
+            forward.take_back()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _resume(self) -> None:
+        for forward in self._paused:
+            forward.lend()
+        self._paused = []
 
     def _check_checkpoint(self, state: TrainerState) -> None:
         """Compare with what the checkpoint records; without one, with what this callback is."""
@@ -297,11 +348,28 @@ def _base_model(model: nn.Module) -> nn.Module:
     return model if base is None else base()
 
 
-def _check_parallelism(args: TrainingArguments, targets: tuple[Target, ...]) -> None:
+def _is_compiled(args: TrainingArguments, model: nn.Module) -> bool:
+    """Whether layers may run in a graph that was compiled earlier, without their present hooks."""
+    return args.torch_compile or any(
+        is_compiled_module(module) or module._compiled_call_impl is not None
+        for module in model.modules()
+    )
+
+
+def _count_memory_errors(targets: Iterable[Target]) -> int:
+    """How often memory has run out on the targets' GPUs, in the life of the process."""
+    devices = {target.weight.device for target in targets if target.weight.is_cuda}
+    return sum(torch.cuda.memory_stats(device).get("num_ooms", 0) for device in devices)
+
+
+def _check_parallelism(
+    args: TrainingArguments, model: nn.Module, targets: tuple[Target, ...]
+) -> None:
     """Refuse what the trainer does around the model; what it does to weights, the engine sees."""
     config = AcceleratorState().parallelism_config
+    quantised = any(getattr(model, f"is_loaded_in_{bits}bit", False) for bits in (4, 8))
     reason = None
-    if args.n_gpu > 1:
+    if args.n_gpu > 1 and not quantised:  # the trainer leaves a quantised model on one GPU
         reason = "nn.DataParallel copies the model; start one process per GPU with torchrun"
     elif config is not None and config.non_data_parallel_size > 1:
         reason = "ranks that share a sequence would each draw noise of their own"

@@ -43,7 +43,10 @@ class FlatLoraConfig:
         faults = []
         if not (math.isfinite(self.sigma) and self.sigma >= 0):
             faults.append(f"sigma must be finite and not negative, got {self.sigma}")
-        if not 0 <= self.seed < _SEED_LIMIT:
+        if not isinstance(self.seed, int):
+            # from a caller without a type checker, a sweep over floats for one
+            faults.append(f"seed must be an int, got {self.seed!r}")  # type: ignore[unreachable]
+        elif not 0 <= self.seed < _SEED_LIMIT:
             faults.append(f"seed must be at least 0 and below 2**64, got {self.seed}")
         if self.memory not in get_args(Memory):
             faults.append(f"memory must be one of {get_args(Memory)}, got {self.memory!r}")

@@ -74,6 +74,21 @@ class FlatLora:
         """Why noisy weights are kept that way, in words."""
         return self._perturbation.memory.reason
 
+    def stream(self, reason: str) -> None:
+        """Give noisy copies up and stream from the next step on, as after memory has run out.
+
+        Inside a block that has raised ``torch.OutOfMemoryError`` the engine does this itself, if
+        the mode was left to it.
+
+        Args:
+            reason: Why, for `memory_reason`.
+
+        Raises:
+            AlreadyPerturbed: If called inside a block.
+        """
+        self._perturbation.require_inactive()
+        self._perturbation.stream(reason)
+
     def perturbed(self, step: int, draw: int | None = None) -> AbstractContextManager[None]:
         """Perturb the model inside a ``with`` block.
 
@@ -97,11 +112,15 @@ class FlatLora:
 
         Raises:
             AlreadyPerturbed: On entering, if the model is perturbed already.
+            FlatLoraError: On entering, while a CUDA graph is being captured.
             UnsupportedLayer: On entering, if adapters were merged, disabled or switched, or weights
                 sharded, since the engine was built.
+            TypeError: If the step is not an integer.
             ValueError: If the step lies outside ``0 <= step < total_steps``, or (on entering) the
                 draw outside ``0 <= draw < 2**32``.
         """
+        if not isinstance(step, int):
+            raise TypeError(f"step must be an integer, got {step!r}")
         sigma = sigma_at(step, self.total_steps, self.config.sigma)
         return self._perturbation.applied(sigma, step=step, draw=_rank() if draw is None else draw)
 

@@ -1,9 +1,10 @@
 """The errors of the library.
 
     FlatLoraError
-    ├── AlreadyPerturbed    a perturbation was entered inside another one
-    ├── NoTargets           the model has no LoRA layer to perturb
-    └── UnsupportedLayer    LoRA layers that cannot be perturbed exactly, all of them at once
+    ├── AlreadyPerturbed         a perturbation was entered inside another one
+    ├── EvaluatedWhilePerturbed  a trainer's model was evaluated inside an optimizer step
+    ├── NoTargets                the model has no LoRA layer to perturb
+    └── UnsupportedLayer         LoRA layers that cannot be perturbed exactly, all of them at once
 
 Values out of range (a negative sigma, a step past the end) raise ``ValueError``.
 """
@@ -17,6 +18,10 @@ class FlatLoraError(Exception):
 
 class AlreadyPerturbed(FlatLoraError):
     """A perturbation was entered inside another one on the same layers."""
+
+
+class EvaluatedWhilePerturbed(FlatLoraError):
+    """The model was evaluated between two micro-batches of one optimizer step."""
 
 
 class NoTargets(FlatLoraError):

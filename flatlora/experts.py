@@ -118,8 +118,6 @@ def stack_fault(layer: Any, adapter: str) -> str | None:
     if weight.shape != (*a.shape[:-2], *matrix):
         expected = (*a.shape[:-2], *matrix)
         return f"has shape {tuple(weight.shape)}, its adapter {expected}; is it sharded?"
-    if not weight.is_contiguous():
-        return "is not contiguous"
     return None
 
 

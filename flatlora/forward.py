@@ -6,14 +6,18 @@ there before is back, and none is left behind that was not.
 
 A layer gets the same `NoisyForward` at every step: a compiled model, whose guards look at it, is
 compiled once for clean and once for noisy steps.
+
+The noise belongs to the adapter that was found. Where PEFT computes without it inside the block
+(adapters disabled or merged, or another one active), the layer computes with its own ``W``.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from flatlora.experts import adapted_parameter, is_parameter_wrapper
 from flatlora.linear import LentForward, forward_slot, linear
@@ -24,7 +28,7 @@ from flatlora.streamed import noisy_linear, register, streamed_linear
 _NONE = object()
 
 
-class NoisyForward(LentForward):
+class NoisyForward(LentForward, ABC):
     """A forward with noise, and the module that it is lent to.
 
     Args:
@@ -35,7 +39,29 @@ class NoisyForward(LentForward):
     def __init__(self, noise: LayerNoise, host: nn.Module) -> None:
         self.noise = noise
         self.host: Any = host
-        self._before: object = _NONE
+        self._tuned: Any = noise.target.layer
+        self._adapter = noise.target.adapter
+        self._before: Any = _NONE
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The output with noise, or without where PEFT computes without the adapter."""
+        if self._is_adapted():
+            return self.noisy(*args, **kwargs)
+        if self._before is _NONE:
+            return type(self.host).forward(self.host, *args, **kwargs)
+        return self._before(*args, **kwargs)
+
+    @abstractmethod
+    def noisy(self, *args: Any, **kwargs: Any) -> Any:
+        """The output with noise."""
+
+    def _is_adapted(self) -> bool:
+        # PEFT's private attributes, as its properties would cost more than the rest of this
+        layer = self._tuned
+        if layer._disable_adapters or layer.merged_adapters:
+            return False
+        active = layer._active_adapter
+        return active == self._adapter if isinstance(active, str) else self._adapter in active
 
     def lend(self) -> None:
         """Let the layer compute this.
@@ -51,13 +77,16 @@ class NoisyForward(LentForward):
     def take_back(self) -> None:
         """Give the layer its own forward back; does nothing where it has it."""
         attributes = vars(self.host)
-        slot = forward_slot(self.host)
-        if attributes.get(slot) is not self:
-            return
-        if self._before is _NONE:
-            del attributes[slot]
-        else:
-            attributes[slot] = self._before
+        # accelerate moves it from one to the other where a hook was added or removed meanwhile
+        for slot in ("forward", "_old_forward"):
+            if attributes.get(slot) is not self:
+                continue
+            if self._before is not _NONE:
+                attributes[slot] = self._before
+            elif slot == "forward":
+                del attributes[slot]
+            else:
+                attributes[slot] = MethodType(type(self.host).forward, self.host)
 
 
 class NoisyLinear(NoisyForward):
@@ -72,7 +101,7 @@ class NoisyLinear(NoisyForward):
         self.transposed = noise.target.transposed
         self._layer = register(noise)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def noisy(self, x: Tensor) -> Tensor:
         """The layer's output for ``x``; its bias is read at each call, as it may be trained."""
         noise, bias = self.noise, getattr(self.host, "bias", None)
         if noise.copy is not None:
@@ -96,7 +125,7 @@ class NoisyQuantised(NoisyForward):
         self.stored = stored
         self._layer = register(noise)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def noisy(self, x: Tensor) -> Tensor:
         """The layer's output for ``x``, in its dtype."""
         noise, bias, dtype = self.noise, self.host.bias, self.stored.computes_in(x)
         out = noisy_linear(
@@ -125,24 +154,19 @@ class NoisyParameter(NoisyForward):
         super().__init__(noise, noise.target.layer)
         self.module, self.parameter = adapted_parameter(self.host)
 
-    def __call__(self, *args: Any, adapter_names: None = None, **kwargs: Any) -> Any:
+    def noisy(self, *args: Any, adapter_names: None = None, **kwargs: Any) -> Any:
         """The output of the wrapped module; `ParamWrapper.forward` with noise."""
         layer = self.host
         layer._check_forward_args(*args, adapter_names=adapter_names, **kwargs)
-        adapters = [] if layer.disable_adapters else layer.active_adapters
-        with layer._activate_lora(adapters), self._noisy_input():
+        with layer._activate_lora(layer.active_adapters), self._noisy_input():
             return layer.base_layer(*args, **kwargs)
 
     @contextmanager
     def _noisy_input(self) -> Iterator[None]:
-        """Let PEFT's parametrization be given the noisy parameter, or the module where none is."""
-        module, name = self.module, self.parameter
-        if not parametrize.is_parametrized(module, name):  # no adapter is active at the moment
-            with _registered(module, name, _Noise(self.noise, shared=False)):
-                yield
-            return
-        chain: Any = getattr(module.parametrizations, name)
-        chain.insert(0, _Noise(self.noise, shared=True))
+        """Let PEFT's parametrization be given the noisy parameter."""
+        parametrizations: Any = self.module.parametrizations
+        chain: Any = getattr(parametrizations, self.parameter)
+        chain.insert(0, _Noise(self.noise))
         try:
             yield
         finally:
@@ -150,34 +174,17 @@ class NoisyParameter(NoisyForward):
 
 
 class _Noise(nn.Module):
-    """The parametrization ``W`` to ``W + noise``.
+    """The parametrization ``W`` to ``W + noise``."""
 
-    Args:
-        noise: The parameter's noise.
-        shared: Whether the result may be the workspace, where the next parameter is written too.
-    """
-
-    def __init__(self, noise: LayerNoise, *, shared: bool) -> None:
+    def __init__(self, noise: LayerNoise) -> None:
         super().__init__()
         self.noise = noise
-        self.shared = shared
 
     def forward(self, weight: Tensor) -> Tensor:
         noise = self.noise
         if noise.copy is not None:
             return noise.copy
-        noisy = noise.write_to_workspace(weight, noise.std, noise.clock)
-        return noisy if self.shared else noisy.clone()
-
-
-@contextmanager
-def _registered(module: nn.Module, name: str, parametrization: nn.Module) -> Iterator[None]:
-    parametrize.register_parametrization(module, name, parametrization, unsafe=True)
-    try:
-        with parametrize.cached():
-            yield
-    finally:
-        parametrize.remove_parametrizations(module, name, leave_parametrized=False)
+        return noise.write_to_workspace(weight, noise.std, noise.clock)
 
 
 def noisy_forward(noise: LayerNoise) -> NoisyForward:

@@ -1,15 +1,28 @@
 """What a frozen linear layer computes, and whether a layer is one."""
 
 import sys
-from typing import Literal
+from typing import Literal, NoReturn, SupportsIndex
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from flatlora.errors import FlatLoraError
+
 
 class LentForward:
-    """A forward that a layer has for a while; its own class, so that such a layer is known."""
+    """A forward that a layer has for a while; its own class, so that such a layer is known.
+
+    A copy of it would outlive that while.
+    """
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refuse to be copied or pickled with the model, which no longer would be clean after.
+
+        Raises:
+            FlatLoraError: Always.
+        """
+        raise FlatLoraError("the model is perturbed; copy or save it outside the block")
 
 
 def linear(
@@ -33,7 +46,16 @@ def linear(
     if not transposed:
         return nn.functional.linear(x, weight, bias)
     assert bias is not None
-    return torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+    out = torch.addmm(bias, x.reshape(-1, x.shape[-1]), weight)
+    return out.view(*x.shape[:-1], weight.shape[1])
+
+
+def autocast_dtype(x: Float[Tensor, "..."]) -> torch.dtype:
+    """What autocast, where it is on, brings an input to; it leaves float64 alone."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def forward_fault(base: nn.Module) -> str | None:

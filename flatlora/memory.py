@@ -13,6 +13,9 @@ from flatlora.targets import Target
 
 MemoryMode = Literal["resident", "streamed"]
 
+# The rest of the free memory is in pieces that are too small, or soon somebody else's.
+_USABLE = 0.9
+
 
 class MemoryChoice(NamedTuple):
     """A memory mode and the reason for it."""
@@ -22,10 +25,12 @@ class MemoryChoice(NamedTuple):
 
 
 def choose_memory(targets: Sequence[Target]) -> MemoryChoice:
-    """Resident if every device can hold its targets' copies in half of its free memory.
+    """Resident if every device can hold its targets' copies beside what training needs.
 
-    The other half is left to activations and optimizer state, which are mostly not there yet when
-    the engine is built. Streamed where the free memory is not known, or weights are sharded.
+    The copies may take half of the free memory, as activations and optimizer state are mostly not
+    there yet when the engine is built. Where there have been steps on a GPU (the first is never
+    perturbed) the copies must also fit beside the most that these have needed, with a margin.
+    Streamed where the free memory is not known, or weights are sharded.
 
     Args:
         targets: The layers to be perturbed.
@@ -47,6 +52,13 @@ def choose_memory(targets: Sequence[Target]) -> MemoryChoice:
             return MemoryChoice(
                 "streamed",
                 f"copies of {_gib(size)} do not fit in half of the {_gib(free)} free on {device}",
+            )
+        peak = past_peak(device)
+        if size + peak > free * _USABLE:
+            return MemoryChoice(
+                "streamed",
+                f"copies of {_gib(size)} do not fit in the {_gib(free)} free on {device} beside "
+                f"the {_gib(peak)} that training has needed at its peak",
             )
     sizes = ", ".join(f"{_gib(size)} on {device}" for device, size in needed.items())
     return MemoryChoice("resident", f"copies of {sizes} fit in half of the free memory")
@@ -80,8 +92,16 @@ def free_memory(device: torch.device) -> int:
     return 0
 
 
+def past_peak(device: torch.device) -> int:
+    """Bytes that were once allocated beyond what is now; ``0`` if that is not known."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+
+
 def _count_sharded(targets: Sequence[Target]) -> int:
-    return sum(is_sharded(target.weight) for target in targets)
+    # a weight in a unit is whole at times, as after an evaluation
+    return sum(bool(target.units) or is_sharded(target.weight) for target in targets)
 
 
 def _gib(size: int) -> str:

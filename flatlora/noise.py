@@ -37,9 +37,10 @@ class Workspace:
         stored, device = target.stored, tensor.device
         dtype = tensor.dtype if stored.is_dense else stored.dtype
         buffer = self._buffers.get((device, dtype))
-        if buffer is None:
-            size = self._sizes.get(dtype, max(self._sizes.values()))
-            buffer = torch.empty(size, dtype=dtype, device=device)
+        if buffer is None or buffer.numel() < stored.shape.numel():
+            size = max(stored.shape.numel(), self._sizes.get(dtype, 0))
+            with torch.inference_mode(mode=False):  # a training step will write to it too
+                buffer = torch.empty(size, dtype=dtype, device=device)
             self._buffers[device, dtype] = buffer
         return buffer[: stored.shape.numel()].view(stored.shape)
 
@@ -86,6 +87,7 @@ class LayerNoise:
         self.copy: Tensor | None = None
         self._workspace = workspace
         self._square_norm: Tensor | None = None
+        self._normed: object = None
         self._std: Tensor | None = None
         self._clock: Tensor | None = None
 
@@ -117,7 +119,7 @@ class LayerNoise:
         self._clock = clock
         if std is None:
             std = self._merged_std(sigma)
-        if self._std is None or self._std.device != std.device:
+        if self._std is None or not _alike(self._std, std):
             self._std = std
         else:
             self._std.copy_(std)
@@ -138,12 +140,19 @@ class LayerNoise:
         return self._std
 
     def square_norm(self) -> Float[Tensor, "*stack out"]:
-        """``||W_i||^2`` of every output unit, computed once: the base weight is frozen."""
-        if self._square_norm is None:
+        """``||W_i||^2`` of every output unit, computed once, as the base weight is frozen.
+
+        It is computed again where torch has seen the weight being written to, or its dtype has
+        changed.
+        """
+        tensor = self.target.stored.tensor
+        state = (version_of(tensor), tensor.dtype)
+        if self._square_norm is None or self._normed != state:
             weight = self._dense()
             with torch.autocast(weight.device.type, enabled=False):  # norms keep their precision
                 self._square_norm = ops.row_square_norm(weight, transposed=self.target.transposed)
-        self._square_norm = self._square_norm.to(self.target.stored.tensor.device)
+            self._normed = state
+        self._square_norm = self._square_norm.to(tensor.device)
         return self._square_norm
 
     def allocate_copy(self) -> None:
@@ -154,7 +163,9 @@ class LayerNoise:
         """
         stored, device = self.target.stored, self.target.stored.tensor.device
         if self.copy is None or self.copy.device != device or self.copy.dtype != stored.dtype:
-            self.copy = torch.empty(stored.shape, dtype=stored.dtype, device=device)
+            copy = torch.empty(stored.shape, dtype=stored.dtype, device=device)
+            # a parameter, as the weight is: what offloads activations then leaves it alone
+            self.copy = torch.nn.Parameter(copy, requires_grad=False)
 
     def write_copy(self) -> None:
         """Write this step's noisy weight to `copy`."""
@@ -203,3 +214,12 @@ class LayerNoise:
         dense = self._workspace.place_for(self.target, self.target.stored.tensor)
         self.target.stored.write_dense(dense)
         return dense
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """How often torch has seen the tensor being written to, where it counts."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.device, a.dtype, a.shape) == (b.device, b.dtype, b.shape)

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 import torch
 
 from flatlora.config import Memory
-from flatlora.errors import AlreadyPerturbed
+from flatlora.errors import AlreadyPerturbed, FlatLoraError
 from flatlora.forward import NoisyForward, noisy_forward
 from flatlora.linear import is_perturbed
 from flatlora.memory import MemoryChoice, check_memory, choose_memory
 from flatlora.noise import Clocks, LayerNoise, Workspace
 from flatlora.sharded import ShardedStrength
-from flatlora.sweeping import SweptLayers
+from flatlora.swept import SweptLayers
 from flatlora.targets import Target, layer_state, require_unchanged
 
 _WORD = 2**32
@@ -35,9 +35,8 @@ class Perturbation:
     def __init__(self, targets: tuple[Target, ...], *, seed: int, memory: Memory) -> None:
         check_memory(memory, targets)
         self.targets = targets
-        self._auto = memory == "auto"
+        self._undecided = self._auto = memory == "auto"
         self.memory = choose_memory(targets) if memory == "auto" else MemoryChoice(memory, "as set")
-        _log.info("flatlora keeps noisy weights %s: %s", *self.memory)
         workspace = Workspace(targets)
         self._noises = [LayerNoise(target, seed=seed, workspace=workspace) for target in targets]
         self._forwards: list[NoisyForward] = [noisy_forward(noise) for noise in self._noises]
@@ -68,20 +67,19 @@ class Perturbation:
         """
         if not (0 <= step < _WORD and 0 <= draw < _WORD):
             raise ValueError(f"step and draw must be in [0, 2**32), got step={step}, draw={draw}")
-        if self._active or any(is_perturbed(forward.host) for forward in self._forwards):
-            raise AlreadyPerturbed(
-                "the model is perturbed already: leave one perturbation before entering the next"
-            )
+        self.require_inactive()
         self._require_unchanged()
         self._active = True
         try:
             if sigma > 0:
-                self._write(sigma, step, draw)
+                # what is made here serves all steps, whatever mode the first one is in
+                with torch.inference_mode(mode=False), torch.no_grad():
+                    self._write(sigma, step, draw)
                 for forward in self._forwards:
                     forward.lend()
             yield
         except torch.OutOfMemoryError as error:
-            if self._stream_instead("memory ran out inside the block"):
+            if self._auto and self.stream("memory ran out inside the block"):
                 error.add_note(
                     "flatlora has freed its noisy copies and streams from now on: "
                     "enter the same step again, it needs less memory"
@@ -92,6 +90,17 @@ class Perturbation:
                 forward.take_back()
             self._active = False
 
+    def require_inactive(self) -> None:
+        """Check that no target is perturbed at the moment.
+
+        Raises:
+            AlreadyPerturbed: If one is.
+        """
+        if self._active or any(is_perturbed(forward.host) for forward in self._forwards):
+            raise AlreadyPerturbed(
+                "the model is perturbed already: leave one perturbation before entering the next"
+            )
+
     def _require_unchanged(self) -> None:
         states = [layer_state(target) for target in self.targets]
         if states != self._states:
@@ -100,6 +109,12 @@ class Perturbation:
 
     def _write(self, sigma: float, step: int, draw: int) -> None:
         """Everything that a step needs before its first forward pass."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise FlatLoraError(
+                "a CUDA graph is being captured: enter the perturbation outside of the graph, "
+                "which then replays with the noise of the step that is entered"
+            )
+        self._decide_memory()
         sharded = self._sharded.std(sigma)
         self._clocks.set(step, draw)
         resident = self.memory.mode == "resident" and self._allocate_copies()
@@ -109,20 +124,36 @@ class Perturbation:
             if resident:
                 noise.write_copy()
 
+    def _decide_memory(self) -> None:
+        """Choose once more before the first copy: by now a step may have shown what it needs."""
+        if self._undecided:
+            self.memory = choose_memory(self.targets)
+            self._undecided = False
+            _log.info("flatlora keeps noisy weights %s: %s", *self.memory)
+
     def _allocate_copies(self) -> bool:
         try:
             for noise in self._noises:
                 noise.allocate_copy()
         except torch.OutOfMemoryError:
-            if not self._stream_instead("memory ran out while copies were made"):
+            if not (self._auto and self.stream("memory ran out while copies were made")):
                 raise
             return False
         return True
 
-    def _stream_instead(self, reason: str) -> bool:
-        """Give the copies up, where the mode was left to us; whether that was so."""
-        if not self._auto or self.memory.mode == "streamed":
+    def stream(self, reason: str) -> bool:
+        """Give the noisy copies up and stream from the next step on.
+
+        Args:
+            reason: Why, for `memory`.
+
+        Returns:
+            Whether there was anything to give up.
+        """
+        if self.memory.mode == "streamed":
             return False
+        self._undecided = False
+        self._swept.forget()
         for noise in self._noises:
             noise.copy = None
         self.memory = MemoryChoice("streamed", reason)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int8, Int64, Shaped
 from torch import Tensor, nn
 
-from flatlora.linear import bitsandbytes_kind
+from flatlora.linear import autocast_dtype, bitsandbytes_kind
 from flatlora.ops.quantised import (
     QUANT_TYPES,
     EightBit,
@@ -136,9 +136,7 @@ class EightBitWeight(QuantisedWeight):
 
     def computes_in(self, x: Float[Tensor, "*batch in"]) -> torch.dtype:
         """The input's dtype or, under autocast, autocast's."""
-        device = x.device.type
-        enabled = torch.is_autocast_enabled(device)
-        return torch.get_autocast_dtype(device) if enabled else x.dtype
+        return autocast_dtype(x)
 
     def stored(self, tensor: Int8[Tensor, "rows cols"]) -> EightBit:
         """Codes with the scales of their rows."""
@@ -171,6 +169,12 @@ def four_bit_state(base: Any) -> Any:
     return getattr(base.weight, "quant_state", None) or base.quant_state
 
 
+def is_packed_for_cpu(base: Any) -> bool:
+    """Whether bitsandbytes has packed a 4-bit weight anew, for inference on this CPU."""
+    state = getattr(base._parameters.get("weight"), "quant_state", None)
+    return getattr(state, "packing_format_for_cpu", False)
+
+
 def eight_bit_scale(base: Any) -> Float[Tensor, " rows"] | None:
     """Scales of the rows of an 8-bit weight, which the layer's first forward moves elsewhere."""
     scale: Tensor | None = getattr(base.weight, "SCB", None)
@@ -190,7 +194,7 @@ def _four_bit_fault(base: Any) -> str | None:
     weight, state = base.weight, four_bit_state(base)
     if state is None:
         return _NOT_YET
-    if getattr(state, "packing_format_for_cpu", False):
+    if is_packed_for_cpu(base):
         return (
             "bitsandbytes has packed its weight anew for inference on this CPU, as it does where a "
             "layer is called in evaluation mode, and cannot train with it; load the model again"

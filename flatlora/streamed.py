@@ -20,7 +20,8 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from flatlora.linear import linear
+from flatlora.errors import FlatLoraError
+from flatlora.linear import autocast_dtype, linear
 from flatlora.noise import LayerNoise
 
 _layers: "WeakValueDictionary[str, LayerNoise]" = WeakValueDictionary()
@@ -37,6 +38,16 @@ def register(noise: LayerNoise) -> str:
     return tag
 
 
+def _noise_of(tag: str) -> LayerNoise:
+    noise = _layers.get(tag)
+    if noise is None:
+        raise FlatLoraError(
+            f"the engine that perturbed {tag.rpartition('#')[0]} is gone; keep it until the "
+            "backward pass is over"
+        )
+    return noise
+
+
 def streamed_linear(
     x: Float[Tensor, "*batch in"],
     weight: Shaped[Tensor, "..."],
@@ -47,7 +58,7 @@ def streamed_linear(
 ) -> Float[Tensor, "*batch out"]:
     """`linear` with the noisy weight, keeping neither that weight nor the input for backward.
 
-    Under autocast it computes in autocast's dtype, as `linear` does.
+    Under autocast it computes in autocast's dtype, as `linear` does; float64 stays as it is.
 
     Args:
         x: Input.
@@ -61,11 +72,10 @@ def streamed_linear(
         ``x (W + noise)^T + bias``.
 
     Raises:
-        RuntimeError: If the input has not the weight's dtype, outside autocast.
+        RuntimeError: If the input has not the weight's dtype, outside autocast or in float64.
     """
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, weight.dtype):
+        dtype = autocast_dtype(x)
         x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     elif x.dtype != weight.dtype:
         raise RuntimeError(f"the input is {x.dtype}, but the layer's weight {weight.dtype}")
@@ -108,14 +118,14 @@ def noisy_linear(
 def _product(
     x: Tensor, weight: Tensor, bias: Tensor | None, std: Tensor, clock: Tensor, layer: str
 ) -> Tensor:
-    noise = _layers[layer]
+    noise = _noise_of(layer)
     with _without_autocast(x):
         noisy = _noisy_weight(noise, weight, std, clock).to(x.dtype)
         return linear(x, noisy, bias, transposed=noise.target.transposed)
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, std: Tensor, clock: Tensor, layer: str) -> Tensor:
-    noise = _layers[layer]
+    noise = _noise_of(layer)
     with _without_autocast(grad):
         noisy = _noisy_weight(noise, weight, std, clock).to(grad.dtype)
         return grad @ (noisy.T if noise.target.transposed else noisy)
@@ -183,4 +193,4 @@ def _(
 
 @_gradient_operator.register_fake
 def _(grad: Tensor, weight: Tensor, std: Tensor, clock: Tensor, layer: str) -> Tensor:
-    return grad.new_empty(*grad.shape[:-1], _layers[layer].target.in_features)
+    return grad.new_empty(*grad.shape[:-1], _noise_of(layer).target.in_features)

@@ -2,7 +2,7 @@
 
 import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from flatlora.experts import (
 )
 from flatlora.linear import forward_fault
 from flatlora.parallel import is_sharded, own_class, reshard, sharding_faults, units_of
-from flatlora.quantised import quantised_fault, quantised_weight
+from flatlora.quantised import is_packed_for_cpu, quantised_fault, quantised_weight
 from flatlora.weights import DenseWeight, StoredWeight
 
 # Path components that wrappers put into module names.
@@ -122,9 +122,10 @@ def find_targets(model: nn.Module) -> tuple[Target, ...]:
 
     Raises:
         NoTargets: If there is no LoRA layer, or none with an active adapter.
-        UnsupportedLayer: If any LoRA layer cannot be perturbed; names all of them.
+        UnsupportedLayer: If any LoRA layer cannot be perturbed, or the module contains several PEFT
+            models; names all of them.
     """
-    layers = dict(_adapted_layers(model))
+    layers = _by_name(_adapted_layers(model))
     if not layers:
         raise NoTargets(
             f"{type(model).__name__} has no layer adapted by LoRA; "
@@ -143,8 +144,8 @@ def require_unchanged(targets: tuple[Target, ...]) -> None:
     """Check before a step that the layers are still as they were when the targets were found.
 
     Raises:
-        UnsupportedLayer: If adapters were merged, disabled or switched since, or a layer's forward
-            was replaced; names all such layers.
+        UnsupportedLayer: If adapters were merged, disabled or switched since, or a layer or its
+            weight is no longer what can be perturbed; names all such layers.
     """
     faults = {target.name: fault for target in targets if (fault := _change(target))}
     if faults:
@@ -156,15 +157,19 @@ def layer_state(target: Target) -> tuple[object, ...]:
     layer: Any = target.layer
     attributes, base = vars(layer), target.stored.module
     active = attributes["_active_adapter"]
+    weight = target.weight if target.stored.is_stored else None
     return (
         active if isinstance(active, str) else tuple(active),
         attributes["_disable_adapters"],
         tuple(attributes["merged_adapters"]),
         tuple(attributes["lora_variant"]),
         len(layer._modules["lora_A"]._modules),
+        _factors_are_stored(layer, target.adapter),
         type(base),
-        type(target.weight),
-        vars(layer).get("forward"),
+        type(weight),
+        weight is not None and (weight.requires_grad, weight.stride()),
+        is_packed_for_cpu(base),
+        attributes.get("forward"),
         vars(base).get("forward"),
         vars(base).get("_old_forward"),
         layer._modules["base_layer"],
@@ -172,9 +177,9 @@ def layer_state(target: Target) -> tuple[object, ...]:
 
 
 def _change(target: Target) -> str | None:
-    if not target.units and is_sharded(target.weight):
+    if not target.units and target.stored.is_stored and is_sharded(target.weight):
         return "its weight was sharded since; build the engine after fully_shard"
-    return _adapter_fault(target.layer, target.adapter) or _code_fault(target.layer)
+    return _adapter_fault(target.layer, target.adapter) or _layer_fault(target.layer)
 
 
 def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -185,8 +190,12 @@ def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
     except ImportError:  # without PEFT there is no PEFT model
         return
-    tuner = next((module for module in model.modules() if isinstance(module, BaseTuner)), None)
-    root: nn.Module = model if tuner is None else _part(tuner, "model")
+    tuners = _outermost(model, BaseTuner)
+    if len(tuners) > 1:
+        reason = f"one of {len(tuners)} PEFT models in this module; build an engine for each"
+        paths = (path.removesuffix(".base_model") for path in tuners)
+        raise UnsupportedLayer(dict.fromkeys(paths, reason))
+    root: nn.Module = next((_part(tuner, "model") for tuner in tuners.values()), model)
     wrappers: set[str] = set()
     for path, module in root.named_modules():
         # trained token rows are not a low-rank update, and no target
@@ -199,6 +208,33 @@ def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
                 wrappers.add(path)
                 name = f"{name}.{_part(module, 'parameter_name')}".removeprefix(".")
             yield name, module
+
+
+def _outermost(model: nn.Module, kind: type[nn.Module]) -> dict[str, nn.Module]:
+    """Modules of a kind by path, without those that are inside another one."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        inside = any(path.startswith(f"{outer}.") or not outer for outer in found)
+        if isinstance(module, kind) and not inside:
+            found[path] = module
+    return found
+
+
+def _by_name(layers: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
+    """Layers by name, which has to tell them apart: their noise depends on nothing else.
+
+    Raises:
+        UnsupportedLayer: If layers share a name.
+    """
+    named: dict[str, nn.Module] = {}
+    shared: dict[str, str] = {}
+    for name, layer in layers:
+        if name in named:
+            shared[name] = "two layers have this name but for parts that wrappers put into names"
+        named[name] = layer
+    if shared:
+        raise UnsupportedLayer(shared)
+    return named
 
 
 def _base_name(path: str, wrappers: set[str]) -> str:
@@ -263,14 +299,15 @@ def _adapter_fault(layer: Any, adapter: str) -> str | None:
         return f"active adapters are now {active}, not {adapter!r}; build the engine again"
     if variant := layer.lora_variant.get(adapter):
         return f"{type(variant).__name__}: the merged weight of this variant is not W + s B A"
+    if not _factors_are_stored(layer, adapter):
+        return "its adapter's weights are computed by a parametrization, not stored"
     return None
 
 
-def _code_fault(layer: Any) -> str | None:
-    """Why a layer, as it is now, does not compute with a stored weight, or None."""
-    if is_parameter_wrapper(layer):
-        return wrapper_fault(layer)
-    return forward_fault(layer.base_layer) or quantised_fault(layer.base_layer)
+def _factors_are_stored(layer: Any, adapter: str) -> bool:
+    """Whether an adapter's factors are parameters; true of an adapter that the layer has not."""
+    factors = (layer._modules[name]._modules.get(adapter) for name in ("lora_A", "lora_B"))
+    return all(factor is None or "weight" in factor._parameters for factor in factors)
 
 
 def _parameter_fault(layer: Any, adapter: str) -> str | None:
@@ -330,6 +367,8 @@ def _tensor_fault(weight: nn.Parameter) -> str | None:
         return f"weight is {weight.dtype}; expected one of {', '.join(map(str, _DTYPES))}"
     if weight.requires_grad:
         return "weight requires a gradient; a base weight must be frozen"
+    if not is_sharded(weight) and not weight.is_contiguous():
+        return "weight is not contiguous, and the noise is addressed in stored order"
     return None
 
 

@@ -32,6 +32,11 @@ class StoredWeight(ABC):
         """What is stored: the matrix itself, or packed codes."""
 
     @property
+    def is_stored(self) -> bool:
+        """Whether the tensor is a parameter of the module, not computed by a parametrization."""
+        return "weight" in self.module._parameters
+
+    @property
     @abstractmethod
     def shape(self) -> torch.Size:
         """Shape of the matrix, or of the stack of matrices, that is stored."""
@@ -91,6 +96,11 @@ class DenseWeight(StoredWeight):
             parametrizations: Any = self.module.parametrizations
             parameter = parametrizations[self.parameter].original
         return parameter
+
+    @property
+    def is_stored(self) -> bool:
+        """See `StoredWeight`."""
+        return self.parameter in self.module._parameters
 
     @property
     def shape(self) -> torch.Size:

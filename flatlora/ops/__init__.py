@@ -1,4 +1,7 @@
-"""The operations on weights. This file alone chooses who computes them.
+"""The operations on weights, and the rule for who computes them.
+
+The rule is `kernels_serve`; `flatlora.ops.quantised` and `flatlora.swept`, which have kernels of
+their own, ask it too.
 
 The reference in plain PyTorch serves every device and dtype and defines what is correct. The Triton
 kernels serve CUDA, for float16, bfloat16 and float32; they draw the same integers and agree with
@@ -8,7 +11,7 @@ the reference.
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from typing import Literal, get_args
@@ -38,7 +41,14 @@ __all__ = [
 Backend = Literal["auto", "reference", "triton"]
 
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_backend: Backend = "reference" if os.environ.get("FLATLORA_KERNELS") == "0" else "auto"
+
+
+def backend_of(environment: Mapping[str, str]) -> Backend:
+    """The backend that an environment asks for with ``FLATLORA_KERNELS``."""
+    return "reference" if environment.get("FLATLORA_KERNELS") == "0" else "auto"
+
+
+_backend = backend_of(os.environ)
 
 
 @contextmanager
@@ -47,7 +57,8 @@ def use(chosen: Backend) -> Iterator[None]:
 
     Args:
         chosen: ``"auto"`` takes the kernels where they serve, ``"reference"`` never does,
-            ``"triton"`` always does: on a CPU that works under ``TRITON_INTERPRET=1`` alone.
+            ``"triton"`` always does: on a CPU that works under ``TRITON_INTERPRET=1`` alone, and
+            for float64 it is an error.
 
     Raises:
         ValueError: If the backend is not one of these.
@@ -68,20 +79,28 @@ def backend() -> Backend:
 
 
 def kernels_serve(weight: Tensor) -> bool:
-    """Whether the Triton kernels compute for this tensor."""
+    """Whether the Triton kernels compute for this tensor.
+
+    Raises:
+        ValueError: If they are forced to and do not know its dtype.
+    """
+    known = weight.dtype in _KERNEL_DTYPES
     if _backend == "auto":
-        return weight.is_cuda and weight.dtype in _KERNEL_DTYPES and _has_triton()
+        return weight.is_cuda and known and _has_triton()
+    if _backend == "triton" and not known:
+        raise ValueError(f"the Triton kernels do not know {weight.dtype}; use the reference")
     return _backend == "triton"
 
 
 @cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    # the kernels are written in NVIDIA's assembly in part, and ROCm's devices are "cuda" too
+    return torch.version.hip is None and importlib.util.find_spec("triton") is not None
 
 
 def noisy_copy(
     weight: Float[Tensor, "*stack rows cols"],
-    std: Float[Tensor, "*#stack #rows #cols"],
+    std: Float[Tensor, "*stack #rows #cols"],
     stream: Stream,
     *,
     out: Float[Tensor, "*stack rows cols"],
@@ -97,13 +116,16 @@ def noisy_copy(
 
     Returns:
         ``out``.
+
+    Raises:
+        ValueError: If the standard deviations are neither one per row nor one per column.
     """
     return noisy_copy_at(weight, std, stream.key, clock_of(stream, weight.device), out=out)
 
 
 def noisy_copy_at(
     weight: Float[Tensor, "*stack rows cols"],
-    std: Float[Tensor, "*#stack #rows #cols"],
+    std: Float[Tensor, "*stack #rows #cols"],
     key: tuple[int, int],
     clock: Int64[Tensor, "2"],
     *,
@@ -120,7 +142,16 @@ def noisy_copy_at(
 
     Returns:
         ``out``.
+
+    Raises:
+        ValueError: If the standard deviations are neither one per row nor one per column.
     """
+    rows, cols = weight.shape[-2:]
+    if std.shape not in ((*weight.shape[:-2], rows, 1), (*weight.shape[:-2], 1, cols)):
+        raise ValueError(
+            f"std of shape {tuple(std.shape)} has neither one value per row nor one per column of "
+            f"a weight of shape {tuple(weight.shape)}"
+        )
     torch.ops.flatlora.noisy_copy(weight, std, *key, clock, out)
     return out
 
@@ -133,6 +164,8 @@ def clock_of(stream: Stream, device: torch.device) -> Int64[Tensor, "2"]:
 def _noisy_copy(
     weight: Tensor, std: Tensor, key0: int, key1: int, clock: Tensor, out: Tensor
 ) -> None:
+    if weight.numel() == 0:
+        return
     if kernels_serve(weight):
         from flatlora.ops.kernels import launch_noisy_copy
 

@@ -14,6 +14,7 @@ How they come near the speed of a plain copy:
 what serves a single weight.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -103,22 +104,37 @@ def narrow(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):
     return result
 
 
+@triton.jit
+def tile_of(rows, cols8, R: tl.constexpr, C8: tl.constexpr):
+    """A program's rows, the counters of its ``R`` rows and ``8 C8`` columns, and which exist."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    column8 = tl.program_id(1) * C8 + tl.arange(0, C8)
+    inside = (row < rows)[:, None] & (column8 < cols8)[None, :]
+    return row, row[:, None] * cols8 + column8[None, :], inside
+
+
+@triton.jit
+def store_noisy(
+    clean, std, out, clock, key0, key1, row, counter, rows, inside, INTERPRET: tl.constexpr
+):
+    """``clean + std z``, where ``clean`` has the weights of a tile."""
+    z = normals_of(counter, clock, key0, key1, INTERPRET)
+    s = tl.load(std + row, mask=row < rows, other=0.0)
+    index = counter[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
+    noisy = narrow(clean + s[:, None, None] * z, out.dtype.element_ty, INTERPRET)
+    tl.store(out + index, noisy, mask=inside[:, :, None])
+
+
 @triton.jit(do_not_specialize=["key0", "key1"])
 def noisy_rows_kernel(
     weight, std, out, clock, key0, key1, rows, cols8,
     R: tl.constexpr, C8: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """``W + std z``, ``R`` rows by ``8 C8`` columns; a row's length is a multiple of eight."""
-    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    column8 = tl.program_id(1) * C8 + tl.arange(0, C8)
-    inside = (row < rows)[:, None] & (column8 < cols8)[None, :]
-    counter = row[:, None] * cols8 + column8[None, :]
-    z = normals_of(counter, clock, key0, key1, INTERPRET)
-    s = tl.load(std + row, mask=row < rows, other=0.0)
+    row, counter, inside = tile_of(rows, cols8, R, C8)
     index = counter[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     clean = tl.load(weight + index, mask=inside[:, :, None], other=0.0).to(tl.float32)
-    noisy = narrow(clean + s[:, None, None] * z, out.dtype.element_ty, INTERPRET)
-    tl.store(out + index, noisy, mask=inside[:, :, None])
+    store_noisy(clean, std, out, clock, key0, key1, row, counter, rows, inside, INTERPRET)
 
 
 @triton.jit(do_not_specialize=["key0", "key1"])
@@ -160,16 +176,17 @@ def launch_noisy_copy(
         clock: Int64 ``(2,)`` on the weight's device: step and draw.
         out: As the weight.
     """
+    assert weight.is_contiguous(), "the noise is addressed in stored order"
     cols = weight.shape[-1]
-    by_row = std.shape[-1] == 1
+    by_row = std.shape[-1] == 1 and std.shape[-2] == weight.shape[-2]
     rows = weight.numel() // cols
     with on_device_of(weight):
         if by_row and cols % 8 == 0:
-            height, width, warps = _row_tile(cols // 8)
+            height, width = row_tile(cols // 8)
             grid = (triton.cdiv(rows, height), triton.cdiv(cols // 8, width))
             noisy_rows_kernel[grid](
                 weight, std, out, clock, *key, rows, cols // 8,
-                R=height, C8=width, INTERPRET=INTERPRETED, num_warps=warps,
+                R=height, C8=width, INTERPRET=INTERPRETED, num_warps=4,
             )  # fmt: skip
         else:
             total = weight.numel()
@@ -180,14 +197,30 @@ def launch_noisy_copy(
             )  # fmt: skip
 
 
-def _row_tile(cols8: int) -> tuple[int, int, int]:
-    """Rows and counters of a program, and its warps: 16 elements a thread, measured best."""
-    if cols8 % 128 == 0 or cols8 >= 1024:
-        return 2, 128, 4
-    width = min(128, triton.next_power_of_2(cols8))
-    return 256 // width, width, 4
+def row_tile(cols8: int) -> tuple[int, int]:
+    """Rows and counters of a program of four warps: 16 elements a thread, measured best."""
+    width = 128 if cols8 % 128 == 0 or cols8 >= 1024 else min(128, triton.next_power_of_2(cols8))
+    return 256 // width, width
 
 
-def on_device_of(tensor: Tensor) -> Any:
-    """A context in which Triton, which launches on the current device, launches on the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else torch.no_grad()
+def on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """A context in which Triton, which launches on the current device, launches on the tensor's.
+
+    An error of Triton's out of it tells how to do without.
+    """
+    return _LaunchOn(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+class _LaunchOn(torch.cuda.device):
+    def __exit__(self, kind: Any, error: Any, traceback: Any) -> Any:
+        add_way_out(error)
+        return super().__exit__(kind, error, traceback)
+
+
+def add_way_out(error: BaseException | None) -> None:
+    """Note on an error of a launch, for example for want of a C compiler, what needs no Triton."""
+    if isinstance(error, Exception) and not isinstance(error, torch.OutOfMemoryError):
+        error.add_note(
+            "flatlora could not launch a Triton kernel; FLATLORA_KERNELS=0 in the environment "
+            "computes in plain PyTorch instead, slower"
+        )

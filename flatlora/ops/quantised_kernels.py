@@ -10,7 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from flatlora.ops.kernels import INTERPRETED, narrow, normals_of, on_device_of
+from flatlora.ops.kernels import (
+    INTERPRETED,
+    narrow,
+    on_device_of,
+    row_tile,
+    store_noisy,
+    tile_of,
+)
 from flatlora.ops.quantised import INT8_STEP, FourBit, Quantised
 
 _INT8_STEP = tl.constexpr(INT8_STEP)
@@ -91,27 +98,6 @@ def dequantise_kernel(
     tl.store(out + index, narrow(value, dtype, INTERPRET), mask=index < total)
 
 
-@triton.jit
-def tile_of(rows, cols8, R: tl.constexpr, C8: tl.constexpr):
-    """A program's rows, the counters of its ``R`` rows and ``8 C8`` columns, and which exist."""
-    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    column8 = tl.program_id(1) * C8 + tl.arange(0, C8)
-    inside = (row < rows)[:, None] & (column8 < cols8)[None, :]
-    return row, row[:, None] * cols8 + column8[None, :], inside
-
-
-@triton.jit
-def store_noisy(
-    clean, std, out, clock, key0, key1, row, counter, rows, inside, INTERPRET: tl.constexpr
-):
-    """``clean + std z``, where ``clean`` has the weights of a tile."""
-    z = normals_of(counter, clock, key0, key1, INTERPRET)
-    s = tl.load(std + row, mask=row < rows, other=0.0)
-    index = counter[:, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-    noisy = narrow(clean + s[:, None, None] * z, out.dtype.element_ty, INTERPRET)
-    tl.store(out + index, noisy, mask=inside[:, :, None])
-
-
 @triton.jit(do_not_specialize=["key0", "key1"])
 def noisy_four_bit_kernel(
     packed, levels, scale, levels2, scale2, offset, std, out, clock, key0, key1,
@@ -174,7 +160,7 @@ def launch_noisy_dequantise(
             eight.
     """
     rows, cols8 = out.shape[0], out.shape[1] // 8
-    height, width = _tile(cols8)
+    height, width = row_tile(cols8)
     grid = (triton.cdiv(rows, height), triton.cdiv(cols8, width))
     tile = {"R": height, "C8": width, "INTERPRET": INTERPRETED, "num_warps": 4}
     with on_device_of(out):
@@ -207,9 +193,3 @@ def _words(packed: Tensor) -> Tensor:
     """Packed codes as int32 words, where they are whole and aligned words."""
     whole = packed.numel() % 4 == 0 and packed.data_ptr() % 4 == 0
     return packed.view(torch.int32) if whole else packed
-
-
-def _tile(cols8: int) -> tuple[int, int]:
-    """Rows and counters of a program: 16 elements a thread."""
-    width = 128 if cols8 % 128 == 0 or cols8 >= 1024 else min(128, triton.next_power_of_2(cols8))
-    return 256 // width, width

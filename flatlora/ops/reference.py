@@ -82,13 +82,15 @@ def _random_words(
 def _tables(
     device: torch.device,
 ) -> tuple[Float32[Tensor, " levels"], Float32[Tensor, " levels"], Float32[Tensor, " levels"]]:
-    """Box-Muller's radius by the low half word, its cosine and sine by the high one."""
-    low = torch.arange(_LEVELS, dtype=torch.float64)
+    """Box-Muller's radius by the low half word, its cosine and sine by the high one.
+
+    Computed on the CPU whatever torch's default device, as the bits are part of the contract.
+    """
+    low = torch.arange(_LEVELS, dtype=torch.float64, device="cpu")
     radius = torch.sqrt(-2.0 * torch.log((low + 0.5) / _LEVELS))
     # One quarter wave, mirrored: so the zeros are exact and every moment that should vanish does.
-    quarter = torch.sin(
-        torch.arange(_LEVELS // 4 + 1, dtype=torch.float64) * (2 * math.pi / _LEVELS)
-    )
+    steps = torch.arange(_LEVELS // 4 + 1, dtype=torch.float64, device="cpu")
+    quarter = torch.sin(steps * (2 * math.pi / _LEVELS))
     half = torch.cat([quarter[:-1], quarter.flip(0)[:-1]])
     sine = torch.cat([0.0 - half, half])
     cosine = sine.roll(-_LEVELS // 4)
@@ -128,7 +130,7 @@ def noisy_copy(
 
 
 def _stack(tensor: Tensor) -> Float[Tensor, "stack rows cols"]:
-    return tensor.view(-1, *tensor.shape[-2:])
+    return tensor.view(math.prod(tensor.shape[:-2]), *tensor.shape[-2:])
 
 
 @torch.no_grad()
@@ -221,6 +223,8 @@ def _compute_dtype(weight: Tensor) -> torch.dtype:
 def _chunks(stack: Float[Tensor, "stack rows cols"]) -> Iterator[tuple[slice, slice]]:
     """Parts of bounded size, as slices of matrices and rows: whole matrices, or rows of one."""
     matrices, rows, cols = stack.shape
+    if stack.numel() == 0:
+        return
     size = _CUDA_CHUNK if stack.is_cuda else _CHUNK
     depth, height = max(1, size // (rows * cols)), min(rows, max(1, size // cols))
     for first in range(0, matrices, depth):

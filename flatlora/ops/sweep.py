@@ -27,7 +27,6 @@ _DEPTH = 128  # columns of one matrix product
 _STAGES = 3
 _COUNTERS = 256  # of a tile of the copy
 _TILES = _ROWS * _COLS // (8 * _COUNTERS)
-_ADAPTER_COLS = 2048
 
 _DTYPES = {
     torch.bfloat16: tl.bfloat16,
@@ -37,7 +36,7 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class Row:
+class SweptWeight:
     """One target of a sweep.
 
     Attributes:
@@ -69,35 +68,40 @@ def sweepable(weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> bool:
         and lora_a.dtype in _DTYPES
         and lora_b.dtype == lora_a.dtype
         and weight.shape[1] % 8 == 0
-        and weight.shape[1] >= 8 * _COUNTERS  # a tile of the copy meets two rows at most
         and lora_a.shape[0] <= MAX_RANK
         and all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in tensors)
         and all(tensor.device == weight.device for tensor in tensors)
     )
 
 
+def is_narrow(weight: Tensor) -> bool:
+    """Whether a tile of the copy can meet more than two rows, which takes a division to tell."""
+    return weight.shape[1] < 8 * _COUNTERS
+
+
 class Sweep:
-    """Targets of one device, one weight dtype and one adapter dtype.
+    """Targets of one device, one weight dtype and one adapter dtype, all narrow or none.
 
     The merged norm is that of the adapter with ``A`` rounded to the weights' dtype, as a matrix
-    product under autocast rounds it: for bfloat16 a standard deviation differs from the reference's
-    by some 1e-5 of itself.
+    product under autocast rounds it: for bfloat16 and 4,096 columns a standard deviation differs
+    from the reference's by some 1e-5 of itself.
 
     Args:
-        rows: At least one target; either all have a copy or none has. Their tensors' addresses
+        weights: At least one target; either all have a copy or none has. Their tensors' addresses
             must stay as they are.
 
     Attributes:
-        rows: As given.
+        weights: As given.
         device: Where they are.
     """
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        first = rows[0]
-        self.rows = tuple(rows)
+    def __init__(self, weights: Sequence[SweptWeight]) -> None:
+        first = weights[0]
+        self.weights = tuple(weights)
         self.device = first.weight.device
         self._copies = first.copy is not None
-        rank = max(16, triton.next_power_of_2(max(row.lora_a.shape[0] for row in rows)))
+        self._narrow = is_narrow(first.weight)
+        rank = max(16, triton.next_power_of_2(max(swept.lora_a.shape[0] for swept in weights)))
         self._constants = {
             "DTYPE": _DTYPES[first.weight.dtype],
             "ADAPTER": _DTYPES[first.lora_a.dtype],
@@ -105,24 +109,24 @@ class Sweep:
             "INTERPRET": INTERPRETED,
         }
         self._rounded = [
-            first.weight.new_empty(rank, row.weight.shape[1]) if self._copies else None
-            for row in rows
+            first.weight.new_empty(rank, swept.weight.shape[1]) if self._copies else None
+            for swept in weights
         ]
-        self._gram = self._zeros(len(rows), rank, rank)
-        self._chunks = max(triton.cdiv(row.weight.shape[1], _ADAPTER_COLS) for row in rows)
-        self._gram_parts = self._zeros(len(rows), self._chunks, rank, rank)
-        self._gram_arrived = self._zeros(len(rows), dtype=torch.int32)
+        self._gram = self._zeros(len(weights), rank, rank)
         self._targets = torch.tensor(
-            [self._entry(i, row) for i, row in enumerate(rows)], dtype=torch.int64
+            [self._entry(i, swept) for i, swept in enumerate(weights)],
+            dtype=torch.int64,
+            device="cpu",
         ).to(self.device)
         self._factors = torch.tensor(
-            [(row.scaling, 1 / math.sqrt(row.weight.shape[1])) for row in rows],
+            [(swept.scaling, 1 / math.sqrt(swept.weight.shape[1])) for swept in weights],
             dtype=torch.float32,
+            device="cpu",
         ).to(self.device)
         if self._copies:
             self._prepare_copies(first.weight.itemsize)
         else:
-            self._blocks = _blocks(rows).to(self.device)
+            self._blocks = _blocks(weights).to(self.device)
 
     def run(self, sigma: float, clock: Int64[Tensor, "2"]) -> None:
         """Write every target's standard deviations and, if they have one, its noisy copy.
@@ -132,9 +136,9 @@ class Sweep:
             clock: Step and draw, on the targets' device.
         """
         with on_device_of(self._targets):
-            kernels.adapters_kernel[(len(self.rows), self._chunks)](
-                self._targets, self._gram_parts, self._gram_arrived, **self._constants,
-                KC=_ADAPTER_COLS, BK=128, ROUNDED=self._copies, num_warps=4,
+            kernels.adapters_kernel[(len(self.weights),)](
+                self._targets, **self._constants, BK=128, ROUNDED=self._copies,
+                num_warps=4, num_stages=4,
             )  # fmt: skip
             if self._copies:
                 self._run_with_copies(sigma, clock)
@@ -143,19 +147,19 @@ class Sweep:
                     self._targets, self._factors, self._blocks, sigma, **self._constants,
                     R=_ROWS, KC=_COLS, BK=_DEPTH, num_warps=4, num_stages=_STAGES,
                 )  # fmt: skip
-        written = [row.std for row in self.rows]
-        written += [row.copy for row in self.rows if row.copy is not None]
+        written = [swept.std for swept in self.weights]
+        written += [swept.copy for swept in self.weights if swept.copy is not None]
         torch.autograd.graph.increment_version(written)  # torch has not seen the writing
 
     def _prepare_copies(self, itemsize: int) -> None:
-        units, blocks = _units(self.rows)
+        units, blocks = _units(self.weights)
         self._units = units.to(self.device)
         self._parts = self._zeros(len(units), _ROWS)
         self._arrived = self._zeros(blocks, dtype=torch.int32)
         self._ready = self._zeros(blocks, dtype=torch.int32)
         self._epoch = 0
         # A block's copy waits for all of its units, so these have to start before it.
-        chunks = max(triton.cdiv(row.weight.shape[1], _COLS) for row in self.rows)
+        chunks = max(triton.cdiv(swept.weight.shape[1], _COLS) for swept in self.weights)
         cached = _lag_bytes(self.device) // (_ROWS * _COLS * itemsize)
         self._lag = min(len(units), max(chunks, cached))
 
@@ -166,26 +170,27 @@ class Sweep:
             self._targets, self._factors, self._units, self._parts, self._arrived, self._ready,
             clock, count, self._lag, self._epoch, sigma, **self._constants,
             R=_ROWS, KC=_COLS, BK=_DEPTH, C8=_COUNTERS, TILES=_TILES,
+            NARROW=self._narrow,
             num_warps=4, num_stages=_STAGES,
         )  # fmt: skip
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
-    def _entry(self, i: int, row: Row) -> list[int]:
+    def _entry(self, i: int, swept: SweptWeight) -> list[int]:
         entry = [0] * kernels.FIELDS
-        entry[kernels.WEIGHT] = row.weight.data_ptr()
-        entry[kernels.COPY] = 0 if row.copy is None else row.copy.data_ptr()
-        entry[kernels.STD] = row.std.data_ptr()
-        entry[kernels.SQUARE_NORM] = row.square_norm.data_ptr()
-        entry[kernels.A] = row.lora_a.data_ptr()
-        entry[kernels.B] = row.lora_b.data_ptr()
+        entry[kernels.WEIGHT] = swept.weight.data_ptr()
+        entry[kernels.COPY] = 0 if swept.copy is None else swept.copy.data_ptr()
+        entry[kernels.STD] = swept.std.data_ptr()
+        entry[kernels.SQUARE_NORM] = swept.square_norm.data_ptr()
+        entry[kernels.A] = swept.lora_a.data_ptr()
+        entry[kernels.B] = swept.lora_b.data_ptr()
         rounded = self._rounded[i]
         entry[kernels.A16] = 0 if rounded is None else rounded.data_ptr()
         entry[kernels.GRAM] = self._gram[i].data_ptr()
-        entry[kernels.KEY0], entry[kernels.KEY1] = row.key
-        entry[kernels.ROWS], entry[kernels.COLS] = row.weight.shape
-        entry[kernels.RANK] = row.lora_a.shape[0]
+        entry[kernels.KEY0], entry[kernels.KEY1] = swept.key
+        entry[kernels.ROWS], entry[kernels.COLS] = swept.weight.shape
+        entry[kernels.RANK] = swept.lora_a.shape[0]
         return entry
 
 
@@ -199,27 +204,29 @@ def _lag_bytes(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).L2_cache_size // 3
 
 
-def _blocks(rows: Sequence[Row]) -> Tensor:
+def _blocks(weights: Sequence[SweptWeight]) -> Tensor:
     """The table of blocks of rows, ``(blocks, 2)``: target and number of the block in it."""
     tables = []
-    for i, row in enumerate(rows):
-        block = torch.arange(triton.cdiv(row.weight.shape[0], _ROWS), dtype=torch.int32)
+    for i, swept in enumerate(weights):
+        block = torch.arange(
+            triton.cdiv(swept.weight.shape[0], _ROWS), dtype=torch.int32, device="cpu"
+        )
         tables.append(torch.stack([torch.full_like(block, i), block], dim=1))
     return torch.cat(tables)
 
 
-def _units(rows: Sequence[Row]) -> tuple[Tensor, int]:
+def _units(weights: Sequence[SweptWeight]) -> tuple[Tensor, int]:
     """The table of units, ``(units, 4)``: target, block of rows, chunk of columns, flag.
 
     Returns:
         The table and the number of flags, one for each block of rows.
     """
     tables, flags = [], 0
-    for i, row in enumerate(rows):
-        out, features = row.weight.shape
+    for i, swept in enumerate(weights):
+        out, features = swept.weight.shape
         blocks, chunks = triton.cdiv(out, _ROWS), triton.cdiv(features, _COLS)
-        block = torch.arange(blocks, dtype=torch.int32).repeat_interleave(chunks)
-        chunk = torch.arange(chunks, dtype=torch.int32).repeat(blocks)
+        block = torch.arange(blocks, dtype=torch.int32, device="cpu").repeat_interleave(chunks)
+        chunk = torch.arange(chunks, dtype=torch.int32, device="cpu").repeat(blocks)
         target = torch.full_like(block, i)
         tables.append(torch.stack([target, block, chunk, block + flags], dim=1))
         flags += blocks

@@ -6,8 +6,9 @@ the block's sum into standard deviations and raises the block's flag. Then, ``la
 the block's noisy copy is written. In between the unit still lies in the GPU's L2 cache, so the
 weights come from memory once.
 
-Programs start in the order of their number, and one that waits for a flag has a higher number
-than those that raise it: they are running or done, so nobody waits for ever.
+A program that waits for a flag has a higher number than those that raise it. GPUs start programs
+in the order of their number (NVIDIA's do, without promising it), so these are running or done and
+nobody waits for ever.
 """
 
 import triton
@@ -52,43 +53,33 @@ def _dot(x, y, accumulator, INTERPRET: tl.constexpr):
 
 @triton.jit
 def adapters_kernel(
-    targets, partial, arrived,
-    DTYPE: tl.constexpr, ADAPTER: tl.constexpr, RP: tl.constexpr,
-    KC: tl.constexpr, BK: tl.constexpr, ROUNDED: tl.constexpr, INTERPRET: tl.constexpr,
+    targets,
+    DTYPE: tl.constexpr, ADAPTER: tl.constexpr, RP: tl.constexpr, BK: tl.constexpr,
+    ROUNDED: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Compute each ``A A^T``, with ``A`` rounded to the weights' dtype and padded to ``RP`` rows.
 
     With ``ROUNDED`` that ``A`` is written too.
     """
-    target = tl.program_id(0)
-    chunk = tl.program_id(1)
-    entry = targets + target * _FIELDS
+    entry = targets + tl.program_id(0) * _FIELDS
     cols = tl.multiple_of(tl.load(entry + _COLS), 8)
-    chunks = tl.cdiv(cols, KC)
-    if chunk < chunks:
-        a = _pointer(entry + _A, ADAPTER)
-        rank = tl.load(entry + _RANK)
-        unit = tl.arange(0, RP)
-        gram = tl.zeros([RP, RP], tl.float32)
-        for start in range(0, KC, BK):
-            k = chunk * KC + start + tl.arange(0, BK)
-            place = unit[:, None] * cols + k[None, :]
-            inside = (k < cols)[None, :]
-            x = tl.load(a + place, mask=inside & (unit < rank)[:, None], other=0.0)
-            x = narrow(x.to(tl.float32), DTYPE, INTERPRET)
-            if ROUNDED:
-                tl.store(_pointer(entry + _A16, DTYPE) + place, x, mask=inside)
-            gram = _dot(x, tl.trans(x), gram, INTERPRET)
-        square = unit[:, None] * RP + unit[None, :]
-        slots = partial + target * tl.num_programs(1) * (RP * RP)
-        tl.store(slots + chunk * (RP * RP) + square, gram)
-        tl.debug_barrier()
-        if tl.atomic_add(arrived + target, 1, sem="acq_rel") == chunks - 1:
-            tl.store(arrived + target, 0)
-            whole = tl.zeros([RP, RP], tl.float32)
-            for i in range(0, chunks):
-                whole += tl.load(slots + i * (RP * RP) + square, cache_modifier=".cg")
-            tl.store(_pointer(entry + _GRAM, tl.float32) + square, whole)
+    rank = tl.load(entry + _RANK)
+    unit = tl.arange(0, RP)
+    gram = tl.zeros([RP, RP], tl.float32)
+    for start in range(0, cols, BK):
+        k = start + tl.arange(0, BK)
+        place = unit[:, None] * cols + k[None, :]
+        inside = (k < cols)[None, :]
+        x = tl.load(
+            _pointer(entry + _A, ADAPTER) + place,
+            mask=inside & (unit < rank)[:, None], other=0.0,
+        )  # fmt: skip
+        x = narrow(x.to(tl.float32), DTYPE, INTERPRET)
+        if ROUNDED:
+            tl.store(_pointer(entry + _A16, DTYPE) + place, x, mask=inside)
+        gram = _dot(x, tl.trans(x), gram, INTERPRET)
+    square = unit[:, None] * RP + unit[None, :]
+    tl.store(_pointer(entry + _GRAM, tl.float32) + square, gram)
 
 
 @triton.jit
@@ -208,7 +199,7 @@ def _norm_unit(
 def _copy_tile(
     targets, units, ready, clock, unit, tile, epoch,
     DTYPE: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr, C8: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    NARROW: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     target = tl.load(units + unit * 4)
     block = tl.load(units + unit * 4 + 1)
@@ -217,7 +208,7 @@ def _copy_tile(
     entry = targets + target * _FIELDS
     rows = tl.load(entry + _ROWS)
     cols8 = (tl.load(entry + _COLS) // 8).to(tl.int32)
-    # counters of the block of rows, whatever row they lie in; a tile meets two rows at most
+    # counters of the block of rows, whatever row they lie in
     first = (chunk * TILES + tile) * C8
     local = first + tl.arange(0, C8)
     height = tl.minimum(rows - block * R, R).to(tl.int32)
@@ -230,10 +221,13 @@ def _copy_tile(
         weight + index, mask=inside[:, None], other=0.0, eviction_policy="evict_first"
     ).to(tl.float32)
     z = normals_of(counter, clock, tl.load(entry + _KEY0), tl.load(entry + _KEY1), INTERPRET)
-    while tl.atomic_add(ready + flag, 0, sem="acquire") != epoch:
+    while tl.atomic_add(ready + flag, 0, sem="acquire") < epoch:
         pass
-    row = first // cols8
-    row = tl.where(local >= (row + 1) * cols8, row + 1, row)
+    if NARROW:
+        row = local // cols8
+    else:  # a tile meets two rows at most
+        row = first // cols8
+        row = tl.where(local >= (row + 1) * cols8, row + 1, row)
     std = _pointer(entry + _STD, tl.float32) + block.to(tl.int64) * R
     s = tl.load(std + row, mask=inside, other=0.0, cache_modifier=".cg")
     copy = tl.multiple_of(_pointer(entry + _COPY, DTYPE) + start * 8, 16)
@@ -246,7 +240,7 @@ def sweep_kernel(
     targets, factors, units, partial, arrived, ready, clock, count, lag, epoch, sigma,
     DTYPE: tl.constexpr, ADAPTER: tl.constexpr, RP: tl.constexpr, R: tl.constexpr,
     KC: tl.constexpr, BK: tl.constexpr, C8: tl.constexpr, TILES: tl.constexpr,
-    INTERPRET: tl.constexpr,
+    NARROW: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """Standard deviations of all rows and, ``lag`` units behind, all noisy copies."""
     program = tl.program_id(0)
@@ -261,5 +255,5 @@ def sweep_kernel(
     elif unit >= lag:
         _copy_tile(
             targets, units, ready, clock, unit - lag, part - 1, epoch,
-            DTYPE, R, TILES, C8, INTERPRET,
+            DTYPE, R, TILES, C8, NARROW, INTERPRET,
         )  # fmt: skip

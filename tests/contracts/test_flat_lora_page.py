@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]  # imported lazily by TRL
 
-from flatlora import FlatLoraError
-from flatlora.callback import EvaluatedWhilePerturbed
+from flatlora import EvaluatedWhilePerturbed, FlatLoraError
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "flat-lora.md").read_text()

@@ -1,5 +1,6 @@
 """Watches a training run from outside: what happens in which order, and whether it meets noise."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,12 +14,23 @@ Seen = list[tuple[str, bool]]
 class Phases:
     """Notes each phase of a run, with whether the model was perturbed in it.
 
+    Args:
+        model: The PEFT model, before a trainer wraps it.
+        optimizer: The trainer's optimizer, if its steps are of interest.
+        is_noisy: How to tell; by default from what a layer multiplies by.
+
     Attributes:
         seen: The phases in order: forward, backward, optimizer, evaluation, saving.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        is_noisy: Callable[[nn.Module], bool] | None = None,
+    ) -> None:
         self.seen: Seen = []
+        self._is_noisy = is_noisy or (lambda _: bool(self.noise().any()))
         target = find_targets(model)[0]
         self.base = target.base
         self.weight = target.weight
@@ -50,7 +62,7 @@ class Phases:
         self._note("forward" if layer.training else "evaluation")
 
     def _note(self, phase: str) -> None:
-        self.seen.append((phase, bool(self.noise().any())))
+        self.seen.append((phase, self._is_noisy(self.base)))
 
 
 def windows(sizes: list[int], *, passes: int = 1) -> Seen:

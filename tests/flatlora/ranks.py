@@ -50,9 +50,13 @@ class Ranks:
         if not self._processes:
             self._start()
         task = pickle.dumps((function, args))  # a pipe of torch's would share tensors' memory
-        for _, connection in self._processes:
-            connection.send_bytes(task)
-        answers = self._answers(time.monotonic() + limit)
+        try:
+            for _, connection in self._processes:
+                connection.send_bytes(task)
+            answers = self._answers(time.monotonic() + limit)
+        except BaseException:  # the next call would get this one's answers
+            self.close()
+            raise
         faults = {rank: fault for rank, (_, fault) in answers.items() if fault is not None}
         if faults or len(answers) < self._number:
             self.close()

@@ -1,8 +1,9 @@
 """Several adapters on one model, adapters saved and loaded again, and what trains beside them."""
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,63 @@ def test_two_engines_train_two_adapters_in_turn(
     for name in ("default", "other"):
         for key, value in train(fresh(), [name]).items():
             assert torch.equal(both[key], value), key
+
+
+@all_kinds
+@both_memories
+@pytest.mark.parametrize("how", ["disabled", "merged", "another"])
+def test_inside_the_block_a_layer_without_its_adapter_is_clean(
+    make_model: MakeModel, make_batch: MakeBatch, kind: str, memory: Memory, how: str
+) -> None:
+    """So the reference pass of a preference loss is what it would be outside."""
+    model: Any = make_model(kind)
+    add(model, "other")
+    flat = engine(model, memory)
+
+    @contextlib.contextmanager
+    def without_adapter() -> Iterator[None]:
+        if how == "disabled":
+            with model.disable_adapter():
+                yield
+        elif how == "merged":
+            model.merge_adapter()
+            yield
+            model.unmerge_adapter()
+        else:
+            model.set_adapter("other")
+            yield
+            model.set_adapter("default")
+
+    def loss() -> Tensor:
+        with torch.no_grad():
+            out: Tensor = model(**make_batch()).loss
+            return out
+
+    with without_adapter():
+        expected = loss()
+    adapted = loss()
+    with flat.perturbed(STEP):
+        noisy = loss()
+        with without_adapter():
+            found = loss()
+        again = loss()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(again, noisy, rtol=1e-5, atol=0)  # merging rounds
+    assert abs(float(noisy - adapted)) > 1e-4
+
+
+@pytest.mark.parametrize("names", [["default", "elsewhere"], ("default",)])
+def test_an_adapter_that_is_active_among_others_has_its_noise(
+    make_model: MakeModel, make_batch: MakeBatch, names: Any
+) -> None:
+    model: Any = make_model(target_modules=["q_proj"])
+    add(model, "elsewhere", target_modules=["k_proj"])
+    flat = engine(model)
+    expected = step_of(model, flat, make_batch())
+    with flat.perturbed(STEP):
+        for target in flat.targets:
+            vars(target.layer)["_active_adapter"] = names
+        assert torch.equal(model(**make_batch()).loss, expected[0])
 
 
 def test_a_deleted_adapter_is_noticed(make_model: MakeModel) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import agreement, drift, llama, perturbation, published, report, step_time, timing
-from flatlora import FlatLora, ops
+from benchmarks.trainer import Trainer
+from flatlora import FlatLora, FlatLoraConfig, ops
 from flatlora.ops import Stream
 
 CPU = torch.device("cpu")
@@ -22,7 +23,8 @@ STEP_TIME = ["--small", "--tokens", "16,48", "--seconds", "0.05"]
 
 def results(path: Path) -> Any:
     record = json.loads(path.read_text())
-    assert {"device", "torch", "triton", "date"} <= record["machine"].keys()
+    facts = {"command", "commit", "kernels", "device", "torch", "triton", "date"}
+    assert facts <= record["machine"].keys()
     return record["results"]
 
 
@@ -55,40 +57,180 @@ def test_perturbation_measures_copies_and_a_step(tmp_path: Path) -> None:
     found = results(path)
     assert [tuple(copy["shape"]) for copy in found["copies"]] == list(perturbation.SMALL_SHAPES)
     for copy in found["copies"]:
-        assert copy["agreement"]["z_error"] <= agreement.Z_TOLERANCE
+        if torch.cuda.is_available():
+            assert copy["agreement"]["z_error"] <= agreement.Z_TOLERANCE
+        else:
+            assert copy["agreement"] == report.NO_KERNELS
+            assert copy["reference_over_noisy_copy"] is None
         assert copy["share_of_copy_bandwidth"] > 0
     step = found["step"]
     assert step["targets"] == 7 * llama.TINY.layers
     assert step["bytes"] == 2 * llama.TINY.layers * sum(
         out * features for out, features in llama.TINY.linears().values()
     )
-    assert step["engine_over_copy"] > 0
-    assert step["published_over_engine"] > 0
+    kinds = ["resident", *(f"streamed, {k}" for k in ("entry", "1 micro-batch", "4 micro-batches"))]
+    for ratios in ("over_copy", "published_over", "published_over_wall"):
+        assert list(step[ratios]) == kinds
+        assert all(ratio > 0 for ratio in step[ratios].values())
+    for mode in perturbation.MODES:
+        assert step["agreement"][mode]["layers"] == step["targets"]
+        assert step["set_up"][mode]["base_norms"] > 0
 
 
 @pytest.mark.usefixtures("diverging_kernel")
 def test_perturbation_refuses_a_ratio_of_other_noise(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("triton")
     path = tmp_path / "perturbation.json"
-    assert perturbation.main(["--small", "--rounds", "1", "--json", str(path)]) == 1
+    with ops.use("triton"):
+        assert perturbation.main(["--small", "--rounds", "1", "--json", str(path)]) == 1
     said = capsys.readouterr()
     assert "disagree" in said.err
     assert not said.out
     assert not path.exists()
 
 
-@pytest.mark.parametrize(("later", "draw"), [(0, 1), (200, 0)], ids=["draw", "strength"])
-def test_a_step_with_other_noise_is_refused(
-    later: int, draw: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Broken(FlatLora):
-        def perturbed(self, step: int, _: int | None = None) -> Any:
-            return super().perturbed(step + later, draw)
+class Broken(FlatLora):
+    """An engine that does what its class says, but in one respect."""
 
-    monkeypatch.setattr(perturbation, "FlatLora", Broken)
-    with pytest.raises(report.Disagreement):
-        perturbation.step_times(llama.TINY, CPU, rounds=1)
+    def __init__(self, model: Any, config: FlatLoraConfig, total_steps: int) -> None:
+        super().__init__(model, self.configured(config), total_steps)
+
+    def configured(self, config: FlatLoraConfig) -> FlatLoraConfig:
+        return config
+
+
+class Weaker(Broken):
+    def configured(self, config: FlatLoraConfig) -> FlatLoraConfig:
+        return FlatLoraConfig(0.3 * config.sigma, config.seed, memory=config.memory)
+
+
+class OtherSeed(Broken):
+    def configured(self, config: FlatLoraConfig) -> FlatLoraConfig:
+        return FlatLoraConfig(config.sigma, config.seed + 1, memory=config.memory)
+
+
+class OtherDraw(Broken):
+    def perturbed(self, step: int, draw: int | None = None) -> Any:
+        return super().perturbed(step, 1)
+
+
+class NoNoise(Broken):
+    def perturbed(self, step: int, draw: int | None = None) -> Any:
+        return super().perturbed(0)
+
+
+class SameNoiseAtEveryStep(Broken):
+    """What it draws at the first step that is checked."""
+
+    first: int | None = None
+
+    def perturbed(self, step: int, draw: int | None = None) -> Any:
+        self.first = step if self.first is None else self.first
+        return super().perturbed(self.first, draw)
+
+
+class HalfOfTheTargets(Broken):
+    @contextmanager
+    def perturbed(self, step: int, draw: int | None = None) -> Iterator[None]:
+        with super().perturbed(step, draw):
+            for forward in self._perturbation._forwards[::2]:
+                forward.take_back()
+            yield
+
+
+class OneTargetLeftOut(Broken):
+    """One of the middle, which neither the first nor the last layer has."""
+
+    @contextmanager
+    def perturbed(self, step: int, draw: int | None = None) -> Iterator[None]:
+        with super().perturbed(step, draw):
+            forwards = self._perturbation._forwards
+            forwards[len(forwards) // 2].take_back()
+            yield
+
+
+class OtherBackward(Broken):
+    """The streamed backward pass meets the noise of the next step."""
+
+    @contextmanager
+    def perturbed(self, step: int, draw: int | None = None) -> Iterator[None]:
+        with super().perturbed(step, draw):
+            for noise in self._perturbation._noises:
+                forward = noise.write_to_workspace
+                noise.write_to_workspace = _alternating(forward)  # type: ignore[method-assign]
+            yield
+            for noise in self._perturbation._noises:
+                del noise.write_to_workspace
+
+
+def _alternating(write: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    calls = 0
+
+    def later_at_every_third(tensor: Tensor, std: Tensor, clock: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return write(tensor, std, clock + (calls % 3 == 0))
+
+    return later_at_every_third
+
+
+BROKEN = [
+    Weaker, OtherSeed, OtherDraw, NoNoise, SameNoiseAtEveryStep, HalfOfTheTargets,
+    OneTargetLeftOut, OtherBackward,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.parametrize("benchmark", [perturbation, step_time])
+def test_a_broken_engine_is_refused(
+    broken: type[Broken],
+    benchmark: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(benchmark, "FlatLora", broken)
+    if benchmark is perturbation:
+        with pytest.raises(report.Disagreement):
+            perturbation.step_times(llama.TINY, CPU, rounds=1)
+    else:
+        assert step_time.main(STEP_TIME) == 1
+        assert "disagree" in capsys.readouterr().err
+
+
+class EagerGraph:
+    """What a graph does, without one."""
+
+    def __init__(self, trainer: Trainer, batches: Sequence[Tensor]) -> None:
+        self.trainer, self.batches = trainer, batches
+
+    def replay(self) -> Tensor:
+        self.trainer.forget()
+        return self.trainer.passes(self.batches)
+
+
+class StaleGraph(EagerGraph):
+    """A graph that replays the noise that it was captured with."""
+
+    def __init__(self, trainer: Trainer, batches: Sequence[Tensor]) -> None:
+        super().__init__(trainer, batches)
+        self.loss = super().replay()
+
+    def replay(self) -> Tensor:
+        return self.loss.clone()
+
+
+@pytest.mark.parametrize(("graph", "status"), [(EagerGraph, 0), (StaleGraph, 1)])
+def test_a_stale_graph_is_refused(
+    graph: type[EagerGraph],
+    status: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(step_time, "Graph", graph)
+    assert step_time.main([*STEP_TIME, "--graph"]) == status
+    assert ("a graph's loss" in capsys.readouterr().err) == bool(status)
 
 
 def test_step_time_measures_every_mode(tmp_path: Path) -> None:
@@ -99,7 +241,9 @@ def test_step_time_measures_every_mode(tmp_path: Path) -> None:
     assert small["micro_batches"] == [[1, 16]]
     for step in (small, large):
         assert list(step["kinds"]) == [step_time.PLAIN, *step_time.MODES]
-        assert step["kinds"]["streamed"]["memory"] == "streamed"
+        assert step["auto"] in step_time.MODES
+        for kind in step["kinds"].values():
+            assert all(len(block) >= step_time.ENOUGH_STEPS for block in kind["seconds"])
         for mode in step_time.MODES:
             assert step["kinds"][mode]["same_losses_as_resident"]
             assert step["kinds"][mode]["over_plain"] > 0
@@ -107,7 +251,7 @@ def test_step_time_measures_every_mode(tmp_path: Path) -> None:
 
 def test_a_step_holds_all_its_tokens() -> None:
     model = llama.language_model(llama.TINY, CPU, torch.float32)
-    trainer = step_time.Trainer(model, CPU, llama.TINY.vocab, 2, 16)
+    trainer = Trainer(model, CPU, llama.TINY.vocab, 2, 16)
     for tokens, shapes in [(8, [(1, 8)]), (16, [(1, 16)]), (32, [(2, 16)]), (96, [(2, 16)] * 3)]:
         assert [tuple(batch.shape) for batch in trainer.batches(tokens)] == shapes
 
@@ -119,23 +263,42 @@ def test_step_time_measures_a_base_model_of_ones_own(tmp_path: Path) -> None:
     assert step_time.main(arguments) == 0
 
 
-@pytest.mark.parametrize("broken", ["other noise", "no noise"])
-def test_step_time_refuses_a_ratio_of_other_training(
-    broken: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_step_time_refuses_modes_that_train_otherwise() -> None:
+    same = step_time.Measured(losses=[1.0, 2.0], norms=[1.0, 1.0])
+    plain = step_time.Measured(losses=[1.5, 2.5], norms=[1.0, 1.0])
+    other = step_time.Measured(losses=[1.0, 2.1], norms=[1.0, 1.0])
+    step_time.require_agreement({"plain LoRA": plain, "resident": same, "streamed": same})
+    for measured in (
+        {"plain LoRA": plain, "resident": same, "streamed": other},
+        {"plain LoRA": same, "resident": same, "streamed": same},
+    ):
+        with pytest.raises(report.Disagreement):
+            step_time.require_agreement(measured)
+
+
+def test_a_limit_shortens_blocks(tmp_path: Path) -> None:
+    path = tmp_path / "step_time.json"
+    assert step_time.main([*STEP_TIME, "--limit", "0", "--json", str(path)]) == 0
+    for step in results(path)["steps"]:
+        blocks = step["kinds"][step_time.PLAIN]["seconds"]
+        assert [len(block) for block in blocks] == [step_time.FEWEST_STEPS] * 2
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
+def test_biases_and_transposed_weights_are_compared_too(
+    peft_model: Callable[..., Any], transposed: bool
 ) -> None:
-    class Broken(FlatLora):
-        def __init__(self, model: Any, config: Any, total_steps: int) -> None:
-            super().__init__(model, config, total_steps)
-            self._streamed = config.memory == "streamed"
+    model = peft_model("gpt2" if transposed else "llama")
+    flat = FlatLora(model, FlatLoraConfig(0.1, 3), total_steps=4)
 
-        def perturbed(self, step: int, draw: int | None = None) -> Any:
-            if broken == "no noise":
-                return super().perturbed(0)
-            return super().perturbed(step, int(self._streamed))
+    def compare(seed: int) -> dict[str, float]:
+        return agreement.require_same_noise(
+            model, flat, step=2, total_steps=4, sigma=0.1, seed=seed
+        )
 
-    monkeypatch.setattr(step_time, "FlatLora", Broken)
-    assert step_time.main(STEP_TIME) == 1
-    assert "disagree" in capsys.readouterr().err
+    assert compare(3)["layers"] == len(flat.targets)
+    with pytest.raises(report.Disagreement):
+        compare(4)
 
 
 def test_drift_is_nothing_for_ours_and_something_for_add_and_subtract(tmp_path: Path) -> None:

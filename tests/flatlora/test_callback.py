@@ -9,10 +9,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from flatlora import (
     AlreadyPerturbed,
+    EvaluatedWhilePerturbed,
     FlatLora,
     FlatLoraCallback,
     FlatLoraConfig,
@@ -20,9 +21,9 @@ from flatlora import (
     UnsupportedLayer,
     sigma_at,
 )
-from flatlora.callback import EvaluatedWhilePerturbed
 from tests.flatlora.phases import Phases, windows
 from tests.flatlora.trainers import (
+    ACCUMULATION,
     BATCH,
     SEED,
     SIGMA,
@@ -132,6 +133,48 @@ def test_a_stream_that_ends_inside_a_window_leaves_no_noise(
     assert not phases.noise().any()
 
 
+class AsksForMore(Trainer):
+    """Calls its model without gradients before it computes a loss, and for nothing once."""
+
+    losses: list[tuple[float, float]] = []
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            before = model(**inputs).loss
+            with pytest.raises(ValueError, match="input_ids"):
+                model()
+        loss: Any = super().compute_loss(model, inputs, *args, **kwargs)
+        self.losses.append((float(before), float(loss.detach()) * ACCUMULATION))
+        return loss
+
+
+def test_a_call_without_gradients_is_clean_and_the_next_one_noisy(
+    peft_model: MakeModel, tmp_path: Path
+) -> None:
+    losses = {}
+    for sigma in (0.0, SIGMA):
+        model = peft_model()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        trainer = make_trainer(
+            tmp_path,
+            model,
+            callback(sigma),
+            kind=AsksForMore,
+            optimizer=optimizer,
+            max_steps=2,
+            train_sampling_strategy="sequential",
+        )
+        assert isinstance(trainer, AsksForMore)
+        trainer.losses = []
+        trainer.train()
+        losses[sigma] = trainer.losses
+    clean, noisy = losses[0.0], losses[SIGMA]
+    assert [inference for inference, _ in noisy] == [inference for inference, _ in clean]
+    assert noisy[:ACCUMULATION] == clean[:ACCUMULATION]
+    differ = [a != b for (_, a), (_, b) in zip(noisy, clean, strict=True)]
+    assert differ == [False] * ACCUMULATION + [True] * ACCUMULATION
+
+
 # What is trained
 
 
@@ -232,6 +275,19 @@ def test_copies_by_data_parallel_are_refused(peft_model: MakeModel, tmp_path: Pa
     trainer.args._n_gpu = 2  # on the CPU torch's wrapper passes calls through
     with pytest.raises(UnsupportedLayer, match="torchrun"):
         trainer.train()
+
+
+def test_a_quantised_model_is_not_copied_by_data_parallel(
+    peft_model: MakeModel, tmp_path: Path
+) -> None:
+    model = peft_model()
+    base: Any = model.get_base_model()
+    base.is_loaded_in_4bit = True  # what transformers notes on it
+    trainer = make_trainer(tmp_path, model, callback(), max_steps=2)
+    trainer.args._n_gpu = 2
+    trainer.train()
+    assert trainer.model_wrapped is model
+    assert sigmas(trainer) == [sigma_at(step, 2, SIGMA) for step in range(2)]
 
 
 def test_two_callbacks_are_refused(peft_model: MakeModel, tmp_path: Path) -> None:

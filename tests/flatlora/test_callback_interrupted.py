@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from flatlora import FlatLoraCallback, sigma_at
+from flatlora.config import Memory
 from tests.flatlora.phases import Phases, windows
 from tests.flatlora.trainers import (
     SIGMA,
@@ -20,6 +21,18 @@ from tests.flatlora.trainers import (
     make_trainer,
     sigmas,
 )
+
+
+class Memories(TrainerCallback):
+    """How each step keeps its noisy weights; comes after the callback."""
+
+    def __init__(self, flat: FlatLoraCallback) -> None:
+        self.flat = flat
+        self.seen: list[str] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        assert self.flat._flat is not None
+        self.seen.append(self.flat._flat.memory)
 
 
 class Interrupt(TrainerCallback):
@@ -108,20 +121,49 @@ def test_closing_after_an_interruption_takes_the_noise_off(interrupted: Interrup
     flat.close()
 
 
-def test_a_run_restarted_with_smaller_batches_follows_its_own_schedule(
-    peft_model: MakeModel, tmp_path: Path
+@pytest.mark.parametrize(("memory", "then"), [("auto", "streamed"), ("resident", "resident")])
+def test_a_run_restarted_with_smaller_batches_streams_and_follows_its_own_schedule(
+    peft_model: MakeModel, tmp_path: Path, memory: Memory, then: str
 ) -> None:
     model = peft_model()
     phases = Phases(model)
+    flat = FlatLoraCallback(sigma=SIGMA, memory=memory)
+    memories = Memories(flat)
     out_of_memory = Interrupt(model, torch.OutOfMemoryError("CUDA out of memory."))
     trainer = make_trainer(
-        tmp_path, model, callback(), out_of_memory, auto_find_batch_size=True, num_train_epochs=1
+        tmp_path,
+        model,
+        flat,
+        memories,
+        out_of_memory,
+        auto_find_batch_size=True,
+        num_train_epochs=1,
     )
     trainer.train()
     assert out_of_memory.done
+    assert memories.seen == ["resident"] * 3 + [then] * 5
     assert trainer.state.max_steps == 5
     assert sigmas(trainer) == [sigma_at(step, 5, SIGMA) for step in range(5)]
     assert not phases.noise().any()
+
+
+@pytest.mark.gpu
+def test_training_after_the_gpus_memory_ran_out_streams(
+    peft_model: MakeModel, tmp_path: Path
+) -> None:
+    class Exhaust(Interrupt):
+        def _raise(self, _: Tensor) -> None:
+            if self.raising:
+                self.raising, self.done = False, True
+                torch.empty(2**50, device="cuda")
+
+    model, flat = peft_model(), callback()
+    memories, exhaust = Memories(flat), Exhaust(model)
+    trainer = make_trainer(tmp_path, model, flat, memories, exhaust, use_cpu=False)
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.train()
+    trainer.train()
+    assert memories.seen == ["resident"] * 3 + ["streamed"] * 6
 
 
 def test_the_noise_of_one_model_outlives_the_training_of_another(

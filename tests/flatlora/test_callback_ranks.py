@@ -1,11 +1,6 @@
-"""The callback in the real ``Trainer`` of two processes: with DDP, then with FSDP2.
-
-The module is also the program of a rank: ``torchrun -m tests.flatlora.test_callback_ranks FOLDER``.
-"""
+"""The callback in the real ``Trainer`` of two processes: with DDP, then with FSDP2."""
 
 import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -23,9 +18,10 @@ from transformers import (
 )
 
 from flatlora import FlatLora, FlatLoraCallback, FlatLoraConfig
+from flatlora.linear import is_perturbed
 from tests.flatlora.phases import Phases
+from tests.flatlora.ranks import ranks_of
 
-ROOT = Path(__file__).parents[2]
 RANKS, STEPS, MICRO_BATCHES, BATCH = 2, 4, 2, 2
 SIGMA, SEED = 0.3, 7
 
@@ -65,8 +61,12 @@ def weights(model: PeftModel, *, trained: bool) -> Tensor:
     return torch.cat([p.detach().flatten() for p in whole])
 
 
-def run_rank(folder: Path) -> None:
-    """What each process does."""
+def run_rank(folder: str) -> dict[str, Any]:
+    """What a process sees that `torchrun` could have started."""
+    rank = str(torch.distributed.get_rank())
+    os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(RANKS)}
+    os.environ |= {"MASTER_ADDR": "unused", "MASTER_PORT": "0"}  # the group is there already
+    warnings.simplefilter("ignore")  # of accelerate and of DDP, each of its own
     model = make_model()
     before = weights(model, trained=False).clone()
     optimizer = adamw(model)
@@ -79,7 +79,7 @@ def run_rank(folder: Path) -> None:
             self.of_steps.append(phases.noise())
 
     noise = Noise()
-    train(folder, model, noise, optimizer=optimizer)
+    train(Path(folder), model, noise, optimizer=optimizer)
     found = {
         "noise": torch.stack(noise.of_steps),
         "phases": phases.seen,
@@ -87,12 +87,14 @@ def run_rank(folder: Path) -> None:
         "base_is_untouched": torch.equal(weights(model, trained=False), before),
     }
     model = make_model()
-    train(folder, model, fsdp=True)
-    found |= {
+    optimizer = adamw(model)
+    phases = Phases(model, optimizer, is_noisy=is_perturbed)  # its weight is not whole at all times
+    train(Path(folder), model, optimizer=optimizer, fsdp=True)
+    return found | {
+        "sharded_phases": phases.seen,
         "sharded_adapter": weights(model, trained=True),
         "sharded_base_is_untouched": torch.equal(weights(model, trained=False), before),
     }
-    torch.save(found, folder / f"rank-{os.environ['RANK']}.pt")
 
 
 def train(
@@ -134,20 +136,8 @@ def train(
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank saw."""
-    folder = tmp_path_factory.mktemp("ranks")
-    program = ["--module", "tests.flatlora.test_callback_ranks", str(folder)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launcher, f"--nproc-per-node={RANKS}", *program],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(RANKS)]
+    with ranks_of(RANKS) as processes:
+        return processes.call(run_rank, str(tmp_path_factory.mktemp("ranks")))
 
 
 def test_each_rank_draws_its_own_noise(ranks: list[dict[str, Any]]) -> None:
@@ -160,13 +150,18 @@ def test_each_rank_draws_its_own_noise(ranks: list[dict[str, Any]]) -> None:
         assert abs(float(correlation[0, 1])) < 0.2
 
 
-def test_noise_is_on_in_forward_and_backward_alone(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("prefix", ["", "sharded_"], ids=["ddp", "fsdp2"])
+def test_noise_is_on_in_forward_and_backward_alone(
+    ranks: list[dict[str, Any]], prefix: str
+) -> None:
     for rank in ranks:
-        on = [noisy for phase, noisy in rank["phases"] if phase in {"forward", "backward"}]
-        off = [noisy for phase, noisy in rank["phases"] if phase not in {"forward", "backward"}]
+        phases = rank[f"{prefix}phases"]
+        on = [noisy for phase, noisy in phases if phase in {"forward", "backward"}]
+        off = [noisy for phase, noisy in phases if phase not in {"forward", "backward"}]
         assert on == [False] * 2 * MICRO_BATCHES + [True] * 2 * MICRO_BATCHES * (STEPS - 1)
         assert not any(off)
-        assert {"optimizer", "evaluation"} <= {phase for phase, _ in rank["phases"]}
+        assert {"optimizer", "evaluation"} <= {phase for phase, _ in phases}
+    assert "saving" in {phase for phase, _ in ranks[0][f"{prefix}phases"]}
 
 
 @pytest.mark.parametrize("prefix", ["", "sharded_"], ids=["ddp", "fsdp2"])
@@ -197,8 +192,3 @@ def by_hand(draws: list[int]) -> Tensor:
         optimizer.step()
         optimizer.zero_grad()
     return weights(model, trained=True)
-
-
-if __name__ == "__main__":
-    warnings.simplefilter("ignore")
-    run_rank(Path(sys.argv[1]))

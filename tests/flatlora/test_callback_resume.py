@@ -33,10 +33,17 @@ def test_a_resumed_run_ends_with_the_adapter_of_the_unbroken_one(
 
 
 @pytest.fixture
-def checkpoint(peft_model: MakeModel, tmp_path: Path) -> str:
-    """A checkpoint at step 3 of 6, trained with Flat-LoRA."""
-    make_trainer(tmp_path, peft_model(), callback(), save_strategy="epoch").train()
-    return str(tmp_path / "run" / "checkpoint-3")
+def checkpoints(peft_model: MakeModel, tmp_path: Path) -> Path:
+    """The folder of a run of 6 steps with Flat-LoRA, which saved each."""
+    saving: dict[str, Any] = {"save_strategy": "steps", "save_steps": 1}
+    make_trainer(tmp_path, peft_model(), callback(), **saving).train()
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def checkpoint(checkpoints: Path) -> str:
+    """That of step 3, at the end of an epoch."""
+    return str(checkpoints / "checkpoint-3")
 
 
 @pytest.mark.parametrize(
@@ -78,6 +85,25 @@ def test_a_run_of_another_length_is_warned_about(
     with pytest.warns(UserWarning, match="a run of 6 steps, this one has 9"):
         trainer.train(resume_from_checkpoint=checkpoint)
     assert sigmas(trainer)[3:] == [sigma_at(step, 9, SIGMA) for step in range(3, 9)]
+
+
+@pytest.mark.parametrize(
+    ("at", "max_steps", "ends_at"),
+    [
+        (3, 1, 3),  # an epoch was complete: nothing is left to do
+        (2, 1, 3),  # transformers looks at max_steps after a step
+        (2, 2, 3),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the checkpoint belongs to a run of 6 steps")
+def test_a_run_that_is_over_when_it_resumes_ends_as_without_the_callback(
+    peft_model: MakeModel, tmp_path: Path, checkpoints: Path, at: int, max_steps: int, ends_at: int
+) -> None:
+    trainer = make_trainer(tmp_path, peft_model(), callback(), max_steps=max_steps)
+    trainer.train(resume_from_checkpoint=str(checkpoints / f"checkpoint-{at}"))
+    assert trainer.state.global_step == ends_at
+    added = [log for log in trainer.state.log_history if "loss" in log][at:]
+    assert [log["flat_lora_sigma"] for log in added] == [0.0] * (ends_at - at)
 
 
 def test_the_trainer_can_restore_the_callback_from_the_checkpoint(

@@ -66,6 +66,28 @@ def test_a_compiled_model_is_compiled_once_clean_and_once_noisy(
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_compiled_model_is_clean_where_its_adapter_is_disabled_in_the_block(
+    peft_model: MakeModel, make_batch: MakeBatch, memory: Memory
+) -> None:
+    model = peft_model()
+
+    def loss(forward: Callable[..., Any]) -> float:
+        return float(forward(**make_batch()).loss.detach())
+
+    with model.disable_adapter():
+        expected = loss(model)
+    flat = FlatLora(model, FlatLoraConfig(sigma=0.2, memory=memory), total_steps=10)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with flat.perturbed(3):
+        noisy = loss(model)
+        assert loss(compiled) == pytest.approx(noisy, rel=1e-6)
+        with model.disable_adapter():
+            assert loss(compiled) == pytest.approx(expected, rel=1e-6)
+        assert loss(compiled) == pytest.approx(noisy, rel=1e-6)
+    assert noisy != pytest.approx(expected, rel=1e-6)
+
+
 def test_the_operators_keep_the_contract_of_torch_library(
     peft_model: MakeModel, make_batch: MakeBatch
 ) -> None:

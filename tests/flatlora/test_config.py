@@ -32,6 +32,14 @@ def test_an_unknown_memory_mode_is_named() -> None:
         config.__post_init__()
 
 
+@pytest.mark.parametrize("seed", [42.0, "42", None])
+def test_a_seed_of_another_type_is_named(seed: Any) -> None:
+    config = FlatLoraConfig()
+    object.__setattr__(config, "seed", seed)  # past the type check that tests turn on
+    with pytest.raises(ValueError, match=f"seed must be an int, got {seed!r}"):
+        config.__post_init__()
+
+
 def test_all_faults_are_named_at_once() -> None:
     with pytest.raises(ValueError, match=r"sigma .*; seed "):
         FlatLoraConfig(sigma=-1.0, seed=-1)

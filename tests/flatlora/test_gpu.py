@@ -1,11 +1,13 @@
 """On a GPU: the same noise as on a CPU, and the same laws. Run by hand with ``pytest -m gpu``."""
 
+import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
-from peft import PeftModel
-from torch import Tensor
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
 
 from flatlora import FlatLora, FlatLoraConfig, ops
 from flatlora.config import Memory
@@ -80,3 +82,39 @@ def test_both_memories_give_the_same_gradients_and_leave_the_base(
     resident, streamed = gradients("resident"), gradients("streamed")
     assert len(resident) == len(streamed) > 0
     assert all(map(torch.equal, resident, streamed))
+
+
+def _wide(rank: int) -> nn.Module:
+    """Four layers of 64 MiB each in bfloat16, with an adapter; a fifth that is smaller."""
+    with torch.device(CUDA):
+        layers = [nn.Linear(*((8192, 4096) if i % 2 else (4096, 8192))) for i in range(4)]
+        base = nn.Sequential(*layers, nn.Linear(4096, 1024)).to(torch.bfloat16)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=[str(i) for i in range(5)])
+    return get_peft_model(base, config).train()
+
+
+@pytest.mark.parametrize("rank", [16, 64])
+def test_streamed_takes_one_workspace_and_little_else(rank: int) -> None:
+    model = _wide(rank)
+    largest = 8192 * 4096 * 2
+
+    def peak(memory: Memory | None) -> int:
+        """Most bytes of three steps, the first of which sets the engine up."""
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        flat = None
+        if memory is not None:
+            flat = FlatLora(model, FlatLoraConfig(sigma=0.1, memory=memory), total_steps=10)
+        x = torch.ones(512, 4096, dtype=torch.bfloat16, device=CUDA)
+        for step in (4, 5, 6):
+            with nullcontext() if flat is None else flat.perturbed(step):
+                model(x).float().square().mean().backward()
+            model.zero_grad(set_to_none=True)
+        return torch.cuda.max_memory_allocated() - before
+
+    peak(None)  # what libraries take once
+    peak("streamed")
+    beyond = peak("streamed") - peak(None)
+    assert 0 < beyond <= largest + 16_000_000

@@ -1,11 +1,13 @@
 """The operations on weights agree with their plain formulas, on odd sizes and in every dtype."""
 
+import importlib.util
 import math
 
 import pytest
 import torch
 from torch import Tensor
 
+from flatlora import ops
 from flatlora.ops import Stream, merged_row_std, noisy_copy, reference, row_square_norm
 from flatlora.ops.reference import standard_normals
 
@@ -73,6 +75,53 @@ def test_a_weight_that_is_not_contiguous_counts_in_its_own_order() -> None:
     noisy = noisy_copy(weight.T, std, STREAM, out=torch.empty(24, 40))
     expected = noisy_copy(weight.T.contiguous(), std, STREAM, out=torch.empty(24, 40))
     assert torch.equal(noisy, expected)
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_strengths_that_do_not_fit_the_weight_are_refused(backend: ops.Backend) -> None:
+    weight = random(24, 40)
+    refused = pytest.raises(ValueError, match="neither one value per row nor one per column")
+    with ops.use(backend), refused:
+        noisy_copy(weight, torch.ones(1, 1), STREAM, out=nan_like(weight))
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0, 3, 8)], ids=str)
+def test_an_empty_weight_has_no_noise(shape: tuple[int, ...]) -> None:
+    weight, std = torch.empty(shape), torch.ones(*shape[:-1], 1)
+    assert noisy_copy(weight, std, STREAM, out=weight.clone()).shape == shape
+    assert row_square_norm(weight, transposed=False).shape == shape[:-1]
+
+
+def test_the_tables_do_not_depend_on_the_default_device() -> None:
+    cpu = torch.device("cpu")
+    expected = standard_normals(STREAM, 0, 40, cpu)
+    reference._tables.cache_clear()
+    with torch.device("meta"):
+        found = standard_normals(STREAM, 0, 40, cpu)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("environment", "chosen"),
+    [({}, "auto"), ({"FLATLORA_KERNELS": "1"}, "auto"), ({"FLATLORA_KERNELS": "0"}, "reference")],
+    ids=str,
+)
+def test_the_environment_can_force_the_reference(environment: dict[str, str], chosen: str) -> None:
+    assert ops.backend_of(environment) == chosen
+
+
+def test_kernels_do_not_serve_rocm(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, serves in ((None, importlib.util.find_spec("triton") is not None), ("6.4", False)):
+        monkeypatch.setattr(torch.version, "hip", version)
+        ops._has_triton.cache_clear()
+        assert ops._has_triton() == serves
+    ops._has_triton.cache_clear()
+
+
+def test_kernels_that_are_forced_refuse_float64() -> None:
+    weight = random(4, 8, dtype=torch.float64)
+    with ops.use("triton"), pytest.raises(ValueError, match="do not know torch"):
+        noisy_copy(weight, torch.ones(4, 1), STREAM, out=nan_like(weight))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)

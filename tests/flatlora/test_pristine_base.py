@@ -2,7 +2,10 @@
 
 import contextlib
 import copy
+import gc
 import hashlib
+import io
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +16,10 @@ from accelerate.hooks import (  # type: ignore[import-untyped]  # accelerate has
     add_hook_to_module,
     remove_hook_from_module,
 )
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from flatlora import AlreadyPerturbed, FlatLora, FlatLoraConfig
+from flatlora import AlreadyPerturbed, FlatLora, FlatLoraConfig, FlatLoraError
 from flatlora.config import Memory
 
 MakeModel = Callable[..., PeftModel]
@@ -227,6 +230,77 @@ def test_a_hook_of_accelerate_stays_in_charge(
     with flat.perturbed(2):
         assert torch.equal(loss_of(model, make_batch()), expected)
     assert vars(base)["forward"] == before["_old_forward"]
+
+
+@both_memories
+def test_a_hook_of_accelerate_added_inside_the_block_is_there_after_it(
+    peft_model: MakeModel, make_batch: MakeBatch, memory: Memory
+) -> None:
+    model = peft_model()
+    clean = loss_of(model, make_batch())
+    flat = engine(model, memory=memory)
+    base = flat.targets[0].base
+    with flat.perturbed(2):
+        noisy = loss_of(model, make_batch())
+        add_hook_to_module(base, ModelHook())
+        assert torch.equal(loss_of(model, make_batch()), noisy)
+    assert torch.equal(loss_of(model, make_batch()), clean)
+    with flat.perturbed(2):
+        assert torch.equal(loss_of(model, make_batch()), noisy)
+        remove_hook_from_module(base)
+        assert torch.equal(loss_of(model, make_batch()), noisy)
+    assert torch.equal(loss_of(model, make_batch()), clean)
+
+
+@both_memories
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "save"])
+def test_a_perturbed_model_is_not_copied(peft_model: MakeModel, memory: Memory, how: str) -> None:
+    copies: dict[str, Callable[[nn.Module], object]] = {
+        "deepcopy": copy.deepcopy,
+        "pickle": pickle.dumps,
+        "save": lambda model: torch.save(model, io.BytesIO()),
+    }
+    model = peft_model()
+    flat = engine(model, memory=memory)
+    with flat.perturbed(2), pytest.raises(FlatLoraError, match="outside the block"):
+        copies[how](model)
+    copies[how](model)
+
+
+def test_a_streamed_graph_whose_engine_is_gone_says_so(
+    peft_model: MakeModel, make_batch: MakeBatch
+) -> None:
+    model = peft_model()
+    flat = engine(model, memory="streamed")
+    with flat.perturbed(2):
+        loss = loss_of(model, make_batch())
+    del flat
+    gc.collect()
+    with pytest.raises(FlatLoraError, match=r"the engine that perturbed .*\.down_proj is gone"):
+        torch.autograd.backward(loss)
+
+
+@both_memories
+def test_float64_under_autocast_stays_float64(memory: Memory) -> None:
+    lora = LoraConfig(r=2, target_modules=["0"])
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(8, 4)).double(), lora)
+    flat = engine(model, memory=memory)
+    base, x = flat.targets[0].base, torch.randn(3, 8, dtype=torch.float64)
+    with flat.perturbed(2):
+        expected = base(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = base(x)
+    assert found.dtype == torch.float64
+    assert torch.equal(found, expected)
+
+
+@both_memories
+def test_an_empty_batch_passes(peft_model: MakeModel, memory: Memory) -> None:
+    flat = engine(peft_model("gpt2"), memory=memory)
+    target = flat.targets[0]
+    with flat.perturbed(2):
+        out = target.base(torch.empty(0, 5, target.in_features))
+    assert out.shape == (0, 5, target.weight.shape[1])
 
 
 @pytest.mark.parametrize("memory", ["resident", "streamed"])

@@ -181,6 +181,8 @@ class TestTargets:
         model = model_of(NF4)
         flat = engine(model)
         base: Any = flat.targets[0].base
+        with flat.perturbed(STEP):
+            pass
         base.weight.quant_state.packing_format_for_cpu = (
             True  # what bitsandbytes sets, on some CPUs
         )

@@ -242,6 +242,30 @@ class TestOneLayer:
         assert cast.dtype == torch.float32
         assert torch.equal(cast, expected.float())
 
+    @both_memories
+    def test_8_bits_leave_float64_alone_under_autocast(self, memory: Memory) -> None:
+        model = one(quantised(nn.Linear(64, 32), INT8))
+        (target,) = find_targets(model)
+        x = torch.randn(3, 64, dtype=torch.float64)
+        with engine(model, memory=memory).perturbed(STEP):
+            expected = target.base(x)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.equal(target.base(x), expected)
+
+    @both_widths
+    @both_memories
+    def test_inside_the_block_a_layer_without_its_adapter_is_clean(
+        self, how: Format, memory: Memory
+    ) -> None:
+        model: Any = one(quantised(nn.Linear(64, 32), how))
+        (target,) = find_targets(model)
+        x = torch.randn(3, 64)
+        expected = target.base(x)
+        with engine(model, memory=memory).perturbed(STEP):
+            assert not torch.equal(target.base(x), expected)
+            with model.disable_adapter():
+                assert torch.equal(target.base(x), expected)
+
     @pytest.mark.parametrize(
         ("dtype", "expected"),
         [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, None)],

@@ -30,6 +30,10 @@ class Mixed(nn.Module):
         return self.linear(x)
 
 
+def store_transposed(linear: Any) -> None:
+    linear.weight.data = linear.weight.data.T.contiguous().T
+
+
 class Odd(nn.Linear):
     """A linear layer that computes something else."""
 
@@ -80,8 +84,9 @@ def test_a_model_without_lora_is_told_what_to_do(base_model: MakeBase) -> None:
         (lambda base: base.to(torch.float8_e4m3fn), "float8_e4m3fn"),
         (lambda base: base.to("meta"), "meta device"),
         (lambda base: base.weight.requires_grad_(), "must be frozen"),
+        (store_transposed, "not contiguous"),
     ],
-    ids=["float8", "meta", "trainable"],
+    ids=["float8", "meta", "trainable", "strided"],
 )
 def test_weights_that_cannot_be_perturbed_are_refused(
     peft_model: MakeModel, spoil: Callable[[Any], object], reason: str
@@ -140,6 +145,56 @@ def test_adapters_changed_since_are_noticed_on_entering(
     change(model)
     with pytest.raises(UnsupportedLayer, match=reason), flat.perturbed(1):
         pytest.fail("the block was entered")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda layer: layer.base_layer.weight.requires_grad_(), "must be frozen"),
+        (lambda layer: parametrizations.weight_norm(layer.base_layer), "not stored"),
+        (lambda layer: parametrizations.orthogonal(layer.base_layer), "not stored"),
+        (lambda layer: parametrizations.weight_norm(layer.lora_A["default"]), "adapter's weights"),
+        (lambda layer: store_transposed(layer.base_layer), "not contiguous"),
+    ],
+    ids=["unfrozen", "parametrized", "orthogonal", "adapter", "strided"],
+)
+def test_layers_changed_since_are_noticed_on_entering(
+    peft_model: MakeModel, change: Callable[[Any], object], reason: str
+) -> None:
+    model = peft_model()
+    flat = engine(model)
+    with flat.perturbed(1):
+        pass
+    change(flat.targets[-1].layer)
+    with pytest.raises(UnsupportedLayer, match=reason) as caught, flat.perturbed(1):
+        pytest.fail("the block was entered")
+    assert list(caught.value.layers) == [flat.targets[-1].name]
+
+
+def test_adapters_whose_weights_are_computed_are_refused_by_name(peft_model: MakeModel) -> None:
+    model = peft_model()
+    layer: Any = model.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
+    parametrizations.weight_norm(layer.lora_B["default"])
+    with pytest.raises(UnsupportedLayer, match="adapter's weights are computed"):
+        engine(model)
+
+
+def test_several_peft_models_in_one_module_are_refused_by_name(peft_model: MakeModel) -> None:
+    pair = nn.ModuleDict({"query": peft_model(), "document": peft_model()})
+    with pytest.raises(UnsupportedLayer, match="one of 2 PEFT models") as caught:
+        engine(pair)
+    assert list(caught.value.layers) == ["document", "query"]
+    assert len(engine(pair["query"]).targets) == 6
+
+
+def test_layers_that_share_a_name_are_refused_by_name() -> None:
+    inner = nn.ModuleDict({"proj": nn.Linear(8, 8), "_orig_mod": nn.ModuleDict()})
+    inner["_orig_mod"]["proj"] = nn.Linear(8, 8)  # type: ignore[operator]  # it is a dict
+    model = nn.Module()
+    model.inner = inner
+    with pytest.raises(UnsupportedLayer, match="two layers have this name") as caught:
+        engine(get_peft_model(model, LoraConfig(r=2, target_modules=["proj"])))
+    assert list(caught.value.layers) == ["inner.proj"]
 
 
 def test_targets_are_ordered_by_name_and_carry_the_layers_tensors(peft_model: MakeModel) -> None:

@@ -1,4 +1,4 @@
-"""The callback in TRL's real ``SFTTrainer``."""
+"""The callback in TRL's real ``SFTTrainer``, ``DPOTrainer`` and ``GRPOTrainer``."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,19 +13,35 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
-from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]  # imported lazily by TRL
+from trl import (  # type: ignore[attr-defined]  # imported lazily by TRL
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from flatlora import FlatLoraCallback, NoTargets, sigma_at
 from tests.flatlora.phases import Phases, windows
-
-MakeModel = Callable[..., PeftModel]
+from tests.flatlora.trainers import MakeModel, shorten_collections
 
 SIGMA = 0.2
 WINDOWS = [4, 4, 2]  # ten micro-batches, four to a step
+COMMON: dict[str, Any] = {
+    "use_cpu": True,
+    "bf16": False,
+    "disable_tqdm": True,
+    "report_to": "none",
+    "activation_checkpointing": False,  # transformers warns of TRL's default, an old name
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+}
 
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
+    shorten_collections()
     words = dict(zip(["<pad>", "</s>", *"abcdefgh"], range(10), strict=True))
     model = Tokenizer(WordLevel(words))
     model.pre_tokenizer = WhitespaceSplit()
@@ -44,17 +60,11 @@ def make_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable
         **changes: Any,
     ) -> SFTTrainer:
         settings: dict[str, Any] = {
+            **COMMON,
             "output_dir": str(tmp_path / name),
-            "use_cpu": True,
-            "bf16": False,
-            "disable_tqdm": True,
-            "report_to": "none",
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 4,
-            "activation_checkpointing": False,  # transformers warns of TRL's default, an old name
             "num_train_epochs": 2,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
             "save_strategy": "epoch",
             "max_length": 16,
         }
@@ -146,3 +156,85 @@ def test_training_all_weights_is_refused_before_the_first_step(
     with pytest.raises(NoTargets):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+# What is not differentiated
+
+
+class Calls:
+    """Notes each call of the model: whether gradients are asked for, its noise and its output."""
+
+    def __init__(self, model: PeftModel) -> None:
+        self.phases = Phases(model)
+        self.seen: list[tuple[bool, bool]] = []
+        self.outputs: dict[bool, list[Tensor]] = {True: [], False: []}
+        base: Any = model.get_base_model()
+        decoder: nn.Module = base.model
+        decoder.register_forward_hook(self._note)
+
+    def _note(self, decoder: nn.Module, args: Any, output: Any) -> None:
+        differentiated = torch.is_grad_enabled()
+        self.seen.append((differentiated, bool(self.phases.noise().any())))
+        self.outputs[differentiated].append(output.last_hidden_state.detach().clone())
+
+
+def test_the_reference_of_dpo_is_clean_and_the_policy_is_not(
+    peft_model: MakeModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    pairs = [(x, y) for x in "abde" for y in "abcde"]
+    rows = [{"prompt": "a b c", "chosen": f" {x} e", "rejected": f" {y} f"} for x, y in pairs]
+    outputs = []
+    for sigma in (0.0, SIGMA):
+        model = peft_model(task_type="CAUSAL_LM")
+        calls = Calls(model)
+        DPOTrainer(
+            model,
+            args=DPOConfig(
+                **COMMON,
+                output_dir=str(tmp_path),
+                per_device_train_batch_size=4,
+                gradient_accumulation_steps=2,
+                max_steps=2,
+                save_strategy="no",
+            ),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[FlatLoraCallback(sigma=sigma)],
+        ).train()
+        assert [noisy for grad, noisy in calls.seen if not grad] == [False] * 4
+        assert [noisy for grad, noisy in calls.seen if grad] == [False] * 2 + [sigma > 0] * 2
+        outputs.append(calls.outputs)
+    clean, flat = outputs
+    assert all(map(torch.equal, flat[False], clean[False]))
+    assert list(map(torch.equal, flat[True], clean[True])) == [True] * 2 + [False] * 2
+
+
+def test_the_generation_of_grpo_is_clean(
+    peft_model: MakeModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    def reward(completions: list[str], **_: Any) -> list[float | None]:
+        return [float(len(text)) for text in completions]
+
+    model = peft_model(task_type="CAUSAL_LM")
+    calls = Calls(model)
+    GRPOTrainer(
+        model,
+        reward_funcs=reward,
+        args=GRPOConfig(
+            **COMMON,
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=4,
+            num_generations=4,
+            max_completion_length=3,
+            max_steps=3,
+            save_strategy="no",
+        ),
+        train_dataset=Dataset.from_list([{"prompt": f"a b {x}"} for x in "abcdefgh"]),
+        processing_class=tokenizer,
+        callbacks=[FlatLoraCallback(sigma=SIGMA)],
+    ).train()
+    assert [noisy for grad, noisy in calls.seen if grad] == [False, True, True]
+    generating = [noisy for grad, noisy in calls.seen if not grad]
+    assert len(generating) >= 3 * 3  # steps, tokens
+    assert not any(generating)
+    assert calls.seen[-1] == (True, True)

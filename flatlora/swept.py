@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from flatlora import ops
-from flatlora.noise import Clocks, LayerNoise
+from flatlora.noise import Clocks, LayerNoise, version_of
 
 if TYPE_CHECKING:  # it needs Triton, which exists where the kernels compute
     from flatlora.ops.sweep import Sweep
@@ -49,24 +49,31 @@ class SweptLayers:
             sweep.run(sigma, self._clocks.on(sweep.device))
         return self._others
 
+    def forget(self) -> None:
+        """Let all tensors go; the next step sorts the layers anew."""
+        self._addresses = []
+        self._sweeps = []
+
     def _plan(self) -> None:
         """Sort the layers by what one launch has to have in common."""
+        self.forget()
         groups = defaultdict(list)
         others = []
         for noise in self._noises:
             if _sweepable(noise):
+                from flatlora.ops.sweep import is_narrow
+
                 target = noise.target
                 weight, adapter = target.stored.tensor, target.lora_a
-                with_copy = noise.copy is not None
-                groups[weight.device, weight.dtype, adapter.dtype, with_copy].append(noise)
+                kind = (weight.device, weight.dtype, adapter.dtype, noise.copy is not None)
+                groups[kind, is_narrow(weight)].append(noise)
             else:
                 others.append(noise)
         self._others = others
-        self._sweeps = []
         for group in groups.values():
             from flatlora.ops.sweep import Sweep
 
-            self._sweeps.append(Sweep([_row(noise, self._clocks) for noise in group]))
+            self._sweeps.append(Sweep([_swept_weight(noise, self._clocks) for noise in group]))
 
 
 def _sweepable(noise: LayerNoise) -> bool:
@@ -83,12 +90,12 @@ def _sweepable(noise: LayerNoise) -> bool:
     return sweepable(weight, target.lora_a, target.lora_b)
 
 
-def _row(noise: LayerNoise, clocks: Clocks) -> Any:
-    from flatlora.ops.sweep import Row
+def _swept_weight(noise: LayerNoise, clocks: Clocks) -> Any:
+    from flatlora.ops.sweep import SweptWeight
 
     target = noise.target
     weight = target.stored.tensor
-    return Row(
+    return SweptWeight(
         weight=weight,
         square_norm=noise.square_norm(),
         lora_a=target.lora_a,
@@ -103,9 +110,11 @@ def _row(noise: LayerNoise, clocks: Clocks) -> Any:
 def _addresses(noise: LayerNoise) -> tuple[object, ...]:
     """What a sweep took over from a layer."""
     target, copy = noise.target, noise.copy
-    tensors = (target.stored.tensor, target.lora_a, target.lora_b)
+    weight, a, b = target.stored.tensor, target.lora_a, target.lora_b
     return (
-        *(tensor.data_ptr() for tensor in tensors),
+        *(weight.data_ptr(), weight.dtype, version_of(weight)),
+        *(a.data_ptr(), a.shape, a.dtype),
+        *(b.data_ptr(), b.dtype),
         None if copy is None else copy.data_ptr(),
         target.scaling,
     )
