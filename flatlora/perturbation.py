@@ -150,9 +150,9 @@ class Perturbation:
         Returns:
             Whether there was anything to give up.
         """
+        self._undecided = False
         if self.memory.mode == "streamed":
             return False
-        self._undecided = False
         self._swept.forget()
         for noise in self._noises:
             noise.copy = None

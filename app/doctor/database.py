@@ -46,7 +46,8 @@ def database(settings: Settings) -> Iterator[Finding]:
             if not schema.mend:
                 yield from _rows(settings, take_census(connection))
     except ModuleNotFoundError as error:
-        yield fail("database", f"no driver: {error}", EXPECTED, "pip install flatlora-service[cluster]")
+        mend = "pip install flatlora-service[cluster]"
+        yield fail("database", f"no driver: {error}", EXPECTED, mend)
     except (SQLAlchemyError, OSError) as error:
         yield fail("database", told(error), EXPECTED, _mend(str(error)))
     finally:

@@ -223,7 +223,7 @@ print("opentelemetry.sdk.trace" in sys.modules)
     @pytest.mark.parametrize(
         ("code", "variables", "said"),
         [
-            ("import sys; sys.modules['opentelemetry.sdk'] = None", {}, "flatlora-service[telemetry]"),
+            ("import sys; sys.modules['opentelemetry.sdk'] = None", {}, "service[telemetry]"),
             ("", {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"}, "http/protobuf"),
         ],
     )

@@ -37,16 +37,21 @@ def _as_users_compile() -> Iterator[None]:
 def run(
     model: PeftModel, forward: Callable[..., Any], memory: Memory, batch: dict[str, Tensor]
 ) -> tuple[list[float], list[Tensor]]:
-    """The losses of some steps, of an evaluation at last, and the sum of the steps' gradients."""
+    """The losses of some steps, of an evaluation at last, and the gradients of all steps."""
     flat = FlatLora(model, FlatLoraConfig(sigma=0.2, memory=memory), total_steps=10)
-    losses = []
+    losses, gradients = [], []
     for step in STEPS:
+        torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
         with flat.perturbed(step):
             loss = forward(**batch).loss
             loss.backward()
         losses.append(float(loss.detach()))
+        gradients += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad(set_to_none=True)
+        del loss
+    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
     losses.append(float(forward(**batch).loss.detach()))
-    return losses, [p.grad for p in model.parameters() if p.grad is not None]
+    return losses, gradients
 
 
 @pytest.mark.parametrize("memory", MEMORIES)

@@ -102,9 +102,9 @@ class TestRunningOut:
         expected = self.gradients(peft_model(), make_batch, "streamed")
         model = peft_model()
         flat = FlatLora(model, FlatLoraConfig(sigma=0.1, memory="auto"), total_steps=4)
-        copies = []
-        with pytest.raises(torch.OutOfMemoryError) as caught, flat.perturbed(3):
+        with flat.perturbed(3):
             copies = [weakref.ref(noise.copy) for noise in flat._perturbation._noises]
+        with pytest.raises(torch.OutOfMemoryError) as caught, flat.perturbed(3):
             self.run_out()
         assert "enter the same step again" in caught.value.__notes__[0]
         assert flat.memory_reason == "memory ran out inside the block"
