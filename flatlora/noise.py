@@ -24,6 +24,13 @@ class Workspace:
             size = stored.shape.numel()
             self._sizes[stored.dtype] = max(size, self._sizes.get(stored.dtype, 0))
 
+    def reserve(self, targets: Sequence[Target]) -> None:
+        """Allocate all buffers now, before a compiled model would do it inside its CUDA graph."""
+        if not self._buffers:
+            for target in targets:
+                if not target.units:  # FSDP2 may multiply in another dtype than it stores
+                    self.place_for(target, target.stored.tensor)
+
     def place_for(
         self, target: Target, tensor: Shaped[Tensor, "..."]
     ) -> Float[Tensor, "*stack rows cols"]:

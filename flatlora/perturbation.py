@@ -37,8 +37,10 @@ class Perturbation:
         self.targets = targets
         self._undecided = self._auto = memory == "auto"
         self.memory = choose_memory(targets) if memory == "auto" else MemoryChoice(memory, "as set")
-        workspace = Workspace(targets)
-        self._noises = [LayerNoise(target, seed=seed, workspace=workspace) for target in targets]
+        self._workspace = Workspace(targets)
+        self._noises = [
+            LayerNoise(target, seed=seed, workspace=self._workspace) for target in targets
+        ]
         self._forwards: list[NoisyForward] = [noisy_forward(noise) for noise in self._noises]
         self._sharded = ShardedStrength(targets)
         self._clocks = Clocks()
@@ -118,6 +120,8 @@ class Perturbation:
         sharded = self._sharded.std(sigma)
         self._clocks.set(step, draw)
         resident = self.memory.mode == "resident" and self._allocate_copies()
+        if not resident:
+            self._workspace.reserve(self.targets)
         for noise in self._swept.write(sigma):
             clock = self._clocks.on(noise.target.stored.tensor.device)
             noise.set(sigma, clock, sharded.get(noise.target.name))
