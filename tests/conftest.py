@@ -17,6 +17,9 @@ from tests.s3 import s3_url as s3_url
 
 # Several processes train at a time, and models are tiny: threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Without a GPU kernels are interpreted. Triton asks for this as it is loaded, and much loads it.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

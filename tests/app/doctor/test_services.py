@@ -214,7 +214,7 @@ class TestBroker:
     def test_a_replica(
         self, at: Callable[[str], Found], redis: RedisServer, tmp_path: Path
     ) -> None:
-        options = ("--replicaof", f"127.0.0.1 {redis.port}", "--masterauth", redis.password)
+        options = ("--replicaof", "127.0.0.1", str(redis.port), "--masterauth", redis.password)
         with RedisServer(tmp_path, *options) as server:
             found = at(server.url())["redis writes"]
         assert found.level is Level.FAIL
