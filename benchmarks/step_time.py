@@ -52,8 +52,8 @@ ENOUGH_STEPS, FEWEST_STEPS, MOST_STEPS = 5, 2, 200
 SIGMA, SEED = 0.05, 42
 FIRST_STEP, TOTAL_STEPS = 500, 1000
 LOSS_TOLERANCE, NORM_TOLERANCE = 2e-5, 1e-2
-# Inside a capture cuBLAS chooses other kernels. Losses of two steps that are nearer than this cannot
-# tell a stale graph; those of small steps are not.
+# Inside a capture cuBLAS chooses other kernels. Losses of two steps that are nearer than the second
+# number cannot tell a stale graph; those of small steps are not.
 GRAPH_TOLERANCE, GRAPH_ROUNDING = 2e-4, 6e-5
 # What streamed mode may take beside one noisy copy of the largest target.
 SLACK = 16_000_000
