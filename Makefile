@@ -18,7 +18,7 @@ run: $(VENV)/.runtime ## Start the service on this machine (Ctrl-C stops it)
 
 test: $(VENV)/.dev ## Run every test that needs no GPU
 	$(BIN)/pytest -m "not gpu" -n 2 --dist loadfile --ignore tests/faults
-	$(BIN)/pytest -m "not gpu" -n 3 --dist loadfile tests/faults
+	$(BIN)/pytest -m "not gpu" -n 2 --dist loadfile tests/faults
 
 faults: $(VENV)/.dev ## Run the fault tests that take long: each fault many times
 	$(BIN)/pytest -m torture tests/faults
