@@ -30,6 +30,9 @@ def tell(child, call):
     if child not in children:
         (ours, theirs), (answer, answered) = os.pipe(), os.pipe()
         if (pid := os.fork()) == 0:
+            # or a sibling, or the child itself, would keep the pipe open whose end it waits for
+            for end in (theirs, *(other for _, other, _ in children.values())):
+                os.close(end)
             with open(ours) as calls:
                 for line in iter(calls.readline, ""):
                     eval(line)
