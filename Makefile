@@ -42,9 +42,9 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.runtime: pyproject.toml flatlora/pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ./flatlora -e ".[worker]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ./flatlora -e ".[worker]"
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml flatlora/pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e ./flatlora -e ".[dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ./flatlora -e ".[dev]"
 	@touch $@ $(VENV)/.runtime
