@@ -7,6 +7,7 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from flatlora import ops
+from flatlora.quantised import QuantisedWeight
 from flatlora.targets import Target
 
 
@@ -42,7 +43,7 @@ class Workspace:
                 than it stores between two forwards.
         """
         stored, device = target.stored, tensor.device
-        dtype = tensor.dtype if stored.is_dense else stored.dtype
+        dtype = stored.dtype if isinstance(stored, QuantisedWeight) else tensor.dtype
         buffer = self._buffers.get((device, dtype))
         if buffer is None or buffer.numel() < stored.shape.numel():
             size = max(stored.shape.numel(), self._sizes.get(dtype, 0))
@@ -216,10 +217,11 @@ class LayerNoise:
 
     def _dense(self) -> Float[Tensor, "*stack rows cols"]:
         """The clean matrix: as stored, or written to the workspace."""
-        if self.target.stored.is_dense:
-            return self.target.stored.tensor
-        dense = self._workspace.place_for(self.target, self.target.stored.tensor)
-        self.target.stored.write_dense(dense)
+        stored = self.target.stored
+        if not isinstance(stored, QuantisedWeight):
+            return stored.tensor
+        dense = self._workspace.place_for(self.target, stored.tensor)
+        stored.write_dense(dense)
         return dense
 
 

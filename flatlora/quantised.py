@@ -34,7 +34,6 @@ class QuantisedWeight(StoredWeight):
     """
 
     transposed = False
-    is_dense = False
 
     def __init__(self, module: nn.Module) -> None:
         self.module: Any = module
@@ -54,7 +53,7 @@ class QuantisedWeight(StoredWeight):
         """Codes, as in `tensor`, together with what they mean."""
 
     def write_dense(self, out: Float[Tensor, "rows cols"]) -> None:
-        """See `StoredWeight`."""
+        """Write the clean matrix, which is stored nowhere, to ``out``."""
         dequantise(self.stored(self.tensor), out=out)
 
     def write_noisy(

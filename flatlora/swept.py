@@ -8,6 +8,7 @@ import torch
 
 from flatlora import ops
 from flatlora.noise import Clocks, LayerNoise, version_of
+from flatlora.weights import DenseWeight
 
 if TYPE_CHECKING:  # it needs Triton, which exists where the kernels compute
     from flatlora.ops.sweep import Sweep
@@ -57,37 +58,38 @@ class SweptLayers:
     def _plan(self) -> None:
         """Sort the layers by what one launch has to have in common."""
         self.forget()
-        groups = defaultdict(list)
-        others = []
-        for noise in self._noises:
-            if _sweepable(noise):
-                from flatlora.ops.sweep import is_narrow
+        served = [noise for noise in self._noises if _is_served_by_kernels(noise)]
+        self._others = self._noises
+        if not served:
+            return
+        from flatlora.ops.sweep import Sweep, is_narrow, sweepable
 
-                target = noise.target
-                weight, adapter = target.stored.tensor, target.lora_a
+        groups = defaultdict(list)
+        for noise in served:
+            target = noise.target
+            weight, adapter = target.stored.tensor, target.lora_a
+            if sweepable(weight, adapter, target.lora_b):
                 kind = (weight.device, weight.dtype, adapter.dtype, noise.copy is not None)
                 groups[kind, is_narrow(weight)].append(noise)
-            else:
-                others.append(noise)
-        self._others = others
-        for group in groups.values():
-            from flatlora.ops.sweep import Sweep
+        swept = {noise for group in groups.values() for noise in group}
+        self._others = [noise for noise in self._noises if noise not in swept]
+        self._sweeps = [
+            Sweep([_swept_weight(noise, self._clocks) for noise in group])
+            for group in groups.values()
+        ]
 
-            self._sweeps.append(Sweep([_swept_weight(noise, self._clocks) for noise in group]))
 
-
-def _sweepable(noise: LayerNoise) -> bool:
-    target = noise.target
-    weight = target.stored.tensor
-    if target.units:  # FSDP2's, and served by `flatlora.sharded`
-        return False
-    if not (target.stored.is_dense and not target.transposed and weight.dim() == 2):
-        return False
-    if type(weight) is not torch.nn.Parameter or not ops.kernels_serve(weight):
-        return False
-    from flatlora.ops.sweep import sweepable
-
-    return sweepable(weight, target.lora_a, target.lora_b)
+def _is_served_by_kernels(noise: LayerNoise) -> bool:
+    """Whether a layer's weight is a plain matrix on a device where the kernels compute."""
+    stored, weight = noise.target.stored, noise.target.stored.tensor
+    return (
+        not noise.target.units  # FSDP2's, and served by `flatlora.sharded`
+        and isinstance(stored, DenseWeight)
+        and not stored.transposed
+        and weight.dim() == 2
+        and type(weight) is torch.nn.Parameter
+        and ops.kernels_serve(weight)
+    )
 
 
 def _swept_weight(noise: LayerNoise, clocks: Clocks) -> Any:

@@ -19,12 +19,10 @@ class StoredWeight(ABC):
     Attributes:
         module: The layer that has the weight.
         transposed: Whether the matrix is stored ``in x out``.
-        is_dense: Whether the matrix itself is stored.
     """
 
     module: Any
     transposed: bool
-    is_dense: bool
 
     @property
     @abstractmethod
@@ -45,10 +43,6 @@ class StoredWeight(ABC):
     @abstractmethod
     def dtype(self) -> torch.dtype:
         """Dtype of the matrix that the layer computes with, which its noisy copy has too."""
-
-    @abstractmethod
-    def write_dense(self, out: Float[Tensor, "*stack rows cols"]) -> None:
-        """Write the clean matrix to ``out``; needed only where it is not stored itself."""
 
     @abstractmethod
     def write_noisy(
@@ -78,8 +72,6 @@ class DenseWeight(StoredWeight):
         transposed: Whether the matrix is stored ``in x out``.
         parameter: Name of the parameter.
     """
-
-    is_dense = True
 
     def __init__(
         self, module: nn.Module, *, transposed: bool = False, parameter: str = "weight"
@@ -111,10 +103,6 @@ class DenseWeight(StoredWeight):
     def dtype(self) -> torch.dtype:
         """Dtype of the parameter."""
         return self.tensor.dtype
-
-    def write_dense(self, out: Float[Tensor, "*stack rows cols"]) -> None:
-        """Copy the parameter."""
-        out.copy_(self.tensor)
 
     def write_noisy(
         self,
