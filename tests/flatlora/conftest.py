@@ -4,72 +4,26 @@
 from tests.flatlora.interpreter import DEVICE as DEVICE  # isort: skip
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
+import torch._dynamo
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from tests.flatlora.models import VOCAB, gpt2, llama, wide_llama
 
 MakeModel = Callable[..., PeftModel]
 MakeBatch = Callable[..., dict[str, Tensor]]
 
-VOCAB = 61
-
-
-def _llama() -> nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=24,
-            intermediate_size=36,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=32,
-        )
-    )
-
-
-def _gpt2() -> nn.Module:
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCAB,
-            n_embd=24,
-            n_layer=2,
-            n_head=2,
-            n_positions=32,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
-
-
-def _wide() -> nn.Module:
-    """A Llama with long rows, some of whose layers one launch can serve together."""
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=2048,
-            intermediate_size=40,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=16,
-            max_position_embeddings=32,
-        )
-    )
-
 
 _BASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
-    "llama": (_llama, {"target_modules": ["q_proj", "v_proj", "down_proj"]}),
-    "wide": (_wide, {"target_modules": ["q_proj", "v_proj", "down_proj"]}),
-    "gpt2": (_gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
+    "llama": (llama, {"target_modules": ["q_proj", "v_proj", "down_proj"]}),
+    "wide": (wide_llama, {"target_modules": ["q_proj", "v_proj", "down_proj"]}),
+    "gpt2": (gpt2, {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
 }
 
 
@@ -135,3 +89,12 @@ def make_batch() -> MakeBatch:
         return {"input_ids": tokens, "labels": labels}
 
     return make
+
+
+@pytest.fixture
+def as_users_compile() -> Iterator[None]:
+    """Nothing compiled before, and no run-time checks of shapes, which cannot be compiled."""
+    torch._dynamo.reset()
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

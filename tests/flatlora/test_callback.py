@@ -21,6 +21,7 @@ from flatlora import (
     UnsupportedLayer,
     sigma_at,
 )
+from tests.flatlora.models import base_hash
 from tests.flatlora.phases import Phases, windows
 from tests.flatlora.trainers import (
     ACCUMULATION,
@@ -33,7 +34,6 @@ from tests.flatlora.trainers import (
     adamw,
     adapter,
     assert_same,
-    base_hash,
     callback,
     examples,
     make_trainer,

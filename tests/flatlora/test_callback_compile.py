@@ -1,12 +1,9 @@
 """The callback in a ``Trainer`` that compiles its model."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jaxtyping
 import pytest
-import torch._dynamo
 
 from tests.flatlora.trainers import (
     MakeModel,
@@ -17,15 +14,7 @@ from tests.flatlora.trainers import (
 )
 
 
-@pytest.fixture(autouse=True)
-def _as_users_compile() -> Iterator[None]:
-    """Nothing compiled before, and no run-time checks of shapes, which cannot be compiled."""
-    torch._dynamo.reset()
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
+@pytest.mark.usefixtures("as_users_compile")
 def test_a_compiled_run_after_a_plain_one_trains_what_an_eager_one_does(
     peft_model: MakeModel, tmp_path: Path
 ) -> None:

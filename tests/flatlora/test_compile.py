@@ -1,9 +1,8 @@
 """A compiled model and a captured CUDA graph compute with the noise of the present step."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 import torch._dynamo.testing
@@ -16,6 +15,7 @@ from flatlora.config import Memory
 MakeModel = Callable[..., PeftModel]
 MakeBatch = Callable[..., dict[str, Tensor]]
 pytestmark = [
+    pytest.mark.usefixtures("as_users_compile"),
     # torch 2.11's inductor is built on what it deprecates
     pytest.mark.filterwarnings("ignore:.torch.jit.script_method:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores"),
@@ -23,15 +23,6 @@ pytestmark = [
 ]
 STEPS = (0, 3, 4, 5)
 MEMORIES: list[Memory] = ["resident", "streamed"]
-
-
-@pytest.fixture(autouse=True)
-def _as_users_compile() -> Iterator[None]:
-    """Nothing compiled before, and no run-time checks of shapes, which cannot be compiled."""
-    torch._dynamo.reset()
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def run(

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import hashlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +20,7 @@ from flatlora import (
 from flatlora.config import Memory
 from flatlora.ops import Stream, noise_key
 from flatlora.ops.reference import standard_normals
+from tests.flatlora.models import base_hash
 from tests.flatlora.moe import (
     BASES,
     DRAW,
@@ -72,15 +72,6 @@ def noise_of(
     with flat.perturbed(step, DRAW):
         noisy = seen_by_the_experts(model, flat, batch)
     return {name: noisy[name].double() - clean[name].double() for name in clean}
-
-
-def base_hash(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if not parameter.requires_grad:
-            digest.update(name.encode())
-            digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 @both_kinds

@@ -6,168 +6,48 @@ they return can be compared with one process that shards nothing.
 
 import hashlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.layer import Linear as LoraLinear
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel as Fsdp1
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-from transformers.pytorch_utils import Conv1D
 
-from flatlora import AlreadyPerturbed, FlatLora, FlatLoraConfig, UnsupportedLayer, sharpness
+from flatlora import AlreadyPerturbed, UnsupportedLayer, sharpness
 from flatlora.config import Memory
 from flatlora.ops import Stream, noise_key, noisy_copy
 from tests.flatlora.ranks import RankFailed, Ranks, ranks_of
-
-SEED, STEP, STEPS = 3, 3, 4
-VOCAB = 61
-TARGETS = {
-    "llama": ["q_proj", "v_proj", "gate_proj", "down_proj"],
-    "gpt2": ["c_attn", "c_fc"],
-    "tiny": ["0", "1"],
-}
-# What is a unit of its own, beside the whole model.
-WRAPPINGS: dict[str, tuple[type[nn.Module], ...]] = {
-    "linears": (nn.Linear, Conv1D),
-    "adapted": (LoraLinear,),
-    "layers": (LlamaDecoderLayer, GPT2Block),
-    "root": (),
-}
-
-
-class Found(NamedTuple):
-    """What a step computes: logits, and the gradients of the adapter by parameter name."""
-
-    logits: Tensor
-    gradients: dict[str, Tensor]
+from tests.flatlora.sharding import (
+    SEED,
+    STEP,
+    STEPS,
+    WRAPPINGS,
+    Found,
+    assert_equal,
+    assert_equal_tensors,
+    engine,
+    found,
+    gradients_of,
+    loss_of,
+    make_model,
+    shard,
+    sharded_model,
+    tokens,
+    whole,
+)
 
 
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
     with ranks_of(2) as ranks:
         yield ranks
-
-
-def llama() -> nn.Module:
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB,
-            hidden_size=24,
-            intermediate_size=37,  # not divisible by the number of ranks
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=32,
-        )
-    )
-
-
-def gpt2() -> nn.Module:
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=VOCAB,
-            n_embd=24,
-            n_inner=37,
-            n_layer=2,
-            n_head=2,
-            n_positions=32,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
-
-
-def tiny() -> nn.Module:
-    return nn.Sequential(nn.Linear(7, 3), nn.Linear(3, 1))  # one row: a rank has none of it
-
-
-def make_model(kind: str = "llama", dtype: torch.dtype = torch.float64) -> PeftModel:
-    """A model whose adapter changes its layers already; the same weights every time."""
-    base: Callable[[], nn.Module] = {"llama": llama, "gpt2": gpt2, "tiny": tiny}[kind]
-    config = LoraConfig(
-        r=3, lora_alpha=5, target_modules=TARGETS[kind], fan_in_fan_out=kind == "gpt2"
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = get_peft_model(base(), config).to(dtype)
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                nn.init.normal_(parameter, std=0.05)
-    assert isinstance(model, PeftModel)
-    return model.train()
-
-
-def shard(model: nn.Module, wrapping: str, **options: Any) -> None:
-    """Shard a model in place."""
-    for name, module in reversed([*model.named_modules()]):
-        if isinstance(module, WRAPPINGS[wrapping]) and "lm_head" not in name:  # it may be tied
-            fully_shard(module, **options)
-    fully_shard(model, **options)
-
-
-def sharded_model(kind: str = "llama", wrapping: str = "layers", **options: Any) -> PeftModel:
-    model = make_model(kind)
-    shard(model, wrapping, **options)
-    return model
-
-
-def engine(model: nn.Module, sigma: float = 0.3, memory: Memory = "auto") -> FlatLora:
-    return FlatLora(model, FlatLoraConfig(sigma=sigma, seed=SEED, memory=memory), STEPS)
-
-
-def tokens(seed: int = 0, sequences: int = 2) -> Tensor:
-    return torch.randint(VOCAB, (sequences, 9), generator=torch.Generator().manual_seed(seed))
-
-
-def loss_of(model: nn.Module, batch: Tensor) -> Tensor:
-    loss: Tensor = model(input_ids=batch, labels=batch).loss
-    return loss
-
-
-def whole(tensor: Tensor) -> Tensor:
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-
-
-def gradients_of(model: nn.Module) -> dict[str, Tensor]:
-    return {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
-
-
-def found(model: nn.Module, draw: int | None = 0, flat: FlatLora | None = None) -> Found:
-    with (flat or engine(model)).perturbed(STEP, draw):
-        output = model(input_ids=tokens(), labels=tokens())
-        output.loss.backward()
-    return Found(whole(output.logits), gradients_of(model))
-
-
-def assert_equal(result: Found, expected: Found, tolerance: float = 1e-11) -> None:
-    torch.testing.assert_close(result.logits, expected.logits, rtol=tolerance, atol=tolerance)
-    assert_equal_tensors(result.gradients, expected.gradients, tolerance)
-
-
-def assert_equal_tensors(
-    result: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-11
-) -> None:
-    assert result.keys() == expected.keys()
-    assert len(result) > 0
-    for name, value in expected.items():
-        scale = float(value.abs().max())
-        assert scale > 0, name
-        torch.testing.assert_close(
-            result[name], value, rtol=tolerance, atol=tolerance * scale, msg=name
-        )
 
 
 def sharded_step(kind: str, wrapping: str, options: dict[str, Any]) -> Found:

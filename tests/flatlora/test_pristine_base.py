@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import gc
-import hashlib
 import io
 import pickle
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from flatlora import AlreadyPerturbed, FlatLora, FlatLoraConfig, FlatLoraError
 from flatlora.config import Memory
+from tests.flatlora.models import base_hash
 
 MakeModel = Callable[..., PeftModel]
 MakeBatch = Callable[..., dict[str, Tensor]]
@@ -32,15 +32,6 @@ both_kinds = pytest.mark.parametrize("kind", ["llama", "gpt2"])
 
 def engine(model: nn.Module, sigma: float = 0.1, memory: Memory = "resident") -> FlatLora:
     return FlatLora(model, FlatLoraConfig(sigma=sigma, seed=3, memory=memory), STEPS)
-
-
-def base_hash(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if not parameter.requires_grad:
-            digest.update(name.encode())
-            digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

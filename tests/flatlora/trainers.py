@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,15 +79,6 @@ def callback(sigma: float = SIGMA) -> FlatLoraCallback:
 
 def adapter(model: nn.Module) -> dict[str, Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-
-
-def base_hash(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if not parameter.requires_grad:
-            digest.update(name.encode())
-            digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
