@@ -45,8 +45,6 @@ from flatlora.errors import (
     FlatLoraError,
     UnsupportedLayer,
 )
-from flatlora.forward import NoisyForward
-from flatlora.linear import is_perturbed
 from flatlora.schedule import sigma_at
 from flatlora.targets import Target
 
@@ -99,7 +97,6 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
         self._flat: FlatLora | None = None
         self._noise = ExitStack()
         self._perturbing = False
-        self._paused: list[NoisyForward] = []
         self._calls: _Calls | None = None
         self._checked = False
         self._batch_size = 0
@@ -227,7 +224,7 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
     def close(self) -> None:
         """Take the noise off at once, if it is on; for code that goes on after an exception."""
         self._noise.close()
-        self._perturbing, self._paused = False, []
+        self._perturbing = False
 
     def _release(self) -> None:
         self.close()
@@ -260,24 +257,10 @@ class FlatLoraCallback(TrainerCallback, ExportableState):
         if not base_model.training:
             self.close()
         elif not torch.is_grad_enabled():
-            self._pause()
+            self._engine.pause()
 
     def _after_call(self, *_: Any) -> None:
-        if self._paused:
-            self._resume()
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own is not typed
-    def _pause(self) -> None:
-        forwards = self._engine._perturbation._forwards
-        self._paused = [forward for forward in forwards if is_perturbed(forward.host)]
-        for forward in self._paused:
-            forward.take_back()
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _resume(self) -> None:
-        for forward in self._paused:
-            forward.lend()
-        self._paused = []
+        self._engine.resume()
 
     def _check_checkpoint(self, state: TrainerState) -> None:
         """Compare with what the checkpoint records; without one, with what this callback is."""

@@ -89,6 +89,14 @@ class FlatLora:
         self._perturbation.require_inactive()
         self._perturbation.stream(reason)
 
+    def pause(self) -> None:
+        """Compute without noise until `resume` or the block's end; outside a block, do nothing."""
+        self._perturbation.pause()
+
+    def resume(self) -> None:
+        """Go on with the block's noise after `pause`; does nothing where there was none."""
+        self._perturbation.resume()
+
     def perturbed(self, step: int, draw: int | None = None) -> AbstractContextManager[None]:
         """Perturb the model inside a ``with`` block.
 

@@ -46,6 +46,7 @@ class Perturbation:
         self._clocks = Clocks()
         self._swept = SweptLayers(self._noises, self._clocks)
         self._states: list[tuple[object, ...]] = []
+        self._paused: list[NoisyForward] = []
         self._active = False
 
     @contextmanager
@@ -90,7 +91,29 @@ class Perturbation:
         finally:
             for forward in self._forwards:
                 forward.take_back()
-            self._active = False
+            self._active, self._paused = False, []
+
+    def pause(self) -> None:
+        """Let all targets compute with ``W`` until `resume` or the block's end."""
+        if self._active and not self._paused:
+            self._take_back()
+
+    def resume(self) -> None:
+        """Let the targets that were paused compute with ``W + noise`` again."""
+        if self._paused:
+            self._lend()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own is not typed
+    def _take_back(self) -> None:
+        self._paused = [forward for forward in self._forwards if is_perturbed(forward.host)]
+        for forward in self._paused:
+            forward.take_back()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _lend(self) -> None:
+        for forward in self._paused:
+            forward.lend()
+        self._paused = []
 
     def require_inactive(self) -> None:
         """Check that no target is perturbed at the moment.
