@@ -110,7 +110,7 @@ def _train(folder: Path, reporter: PipeReporter, control: Signals) -> None:
 
 
 def _verify(folder: Path, reporter: PipeReporter, _control: Signals) -> None:
-    from worker.training.verify import verify
+    from worker.training.result.verify import verify
 
     verify(read_job(folder), folder)
     reporter.result({})

@@ -52,11 +52,11 @@ def model_folder(options: dict[str, Any]) -> Path:
 
 def check(job: TrainingJob, *, has_model: bool) -> dict[str, Any]:
     """The preflight report; without a model, only what the rows themselves tell."""
-    from worker.training.dataset import prepare, read
+    from worker.training.data.dataset import prepare, read
 
     if has_model:
-        from worker.training.model import load_tokenizer, max_positions
-        from worker.training.rendering import Renderer
+        from worker.training.data.rendering import Renderer
+        from worker.training.model.base import load_tokenizer, max_positions
 
         base = job.base_model
         renderer = Renderer(load_tokenizer(base), job.data.loss_on)
@@ -74,7 +74,7 @@ def check(job: TrainingJob, *, has_model: bool) -> dict[str, Any]:
 
 
 def show(report: dict[str, Any]) -> None:
-    from worker.training.dataset import describe_report
+    from worker.training.data.dataset import describe_report
 
     if "tokens" not in report:
         rows, name = report["rows"], report["format"]["name"]

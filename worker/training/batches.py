@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own abbreviation
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
-from worker.training.rendering import Example
+from worker.training.data.rendering import Example
 
 IGNORED = -100
 

@@ -17,9 +17,9 @@ from flatlora import sigma_at
 from worker.training.batches import Batch, evaluate, summed_loss
 from worker.training.checkpoints import Checkpoints
 from worker.training.config import Training
+from worker.training.data.rendering import Example
 from worker.training.errors import LossDiverged, Stopped
 from worker.training.order import RowOrder, micro_batches
-from worker.training.rendering import Example
 from worker.training.reporter import Control, Reporter
 from worker.training.state import Run, State
 

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from worker.training.config import Training
-from worker.training.rendering import Example
+from worker.training.data.rendering import Example
 
 
 def steps_per_epoch(training: Training, rows: int) -> int:

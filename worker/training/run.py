@@ -12,13 +12,13 @@ import torch
 from peft import PeftModel
 
 from flatlora import FlatLora, FlatLoraConfig, UnsupportedLayer
-from worker.training.adapter import save_adapter
 from worker.training.checkpoints import Checkpoints
 from worker.training.config import TrainingJob
-from worker.training.dataset import Prepared, fingerprint, prepare
+from worker.training.data.dataset import Prepared, fingerprint, prepare
+from worker.training.data.rendering import Renderer
 from worker.training.errors import ConfigInvalid, OutOfGpuMemory
 from worker.training.loop import train
-from worker.training.model import (
+from worker.training.model.base import (
     attach_adapter,
     choose_device,
     choose_dtype,
@@ -28,10 +28,10 @@ from worker.training.model import (
     max_positions,
 )
 from worker.training.order import steps_per_epoch
-from worker.training.rendering import Renderer
 from worker.training.reporter import Control, Reporter
+from worker.training.result.adapter import save_adapter
+from worker.training.result.verify import write_probe
 from worker.training.state import Run, State
-from worker.training.verify import write_probe
 
 
 def run(job: TrainingJob, folder: Path, reporter: Reporter, control: Control) -> dict[str, Any]:

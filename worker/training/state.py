@@ -8,7 +8,7 @@ from torch import nn
 
 from flatlora import FlatLora
 from worker.training.config import TrainingJob
-from worker.training.rendering import Example
+from worker.training.data.rendering import Example
 
 
 @dataclass

@@ -11,8 +11,8 @@ import pytest
 from tests.worker.training.conftest import Recorder, folder_bytes
 from worker.training.config import TrainingJob
 from worker.training.errors import Stopped
+from worker.training.result.verify import verify
 from worker.training.run import run
-from worker.training.verify import verify
 
 pytestmark = pytest.mark.gpu
 

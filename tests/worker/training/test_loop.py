@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM
 from tests.worker.training.conftest import Recorder, make_tokenizer
 from worker.training.batches import IGNORED, Batch, evaluate, summed_loss
 from worker.training.config import Training, TrainingJob
-from worker.training.dataset import prepare
+from worker.training.data.dataset import prepare
+from worker.training.data.rendering import Renderer
 from worker.training.errors import ConfigInvalid, LossDiverged, Stopped
 from worker.training.loop import learning_rate_at
 from worker.training.order import RowOrder, micro_batches
-from worker.training.rendering import Renderer
 from worker.training.run import run
 
 Make = Callable[..., TrainingJob]

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from worker.training.batches import IGNORED, Batch, evaluate, summed_loss
-from worker.training.rendering import Example
+from worker.training.data.rendering import Example
 
 CPU = torch.device("cpu")
 LENGTHS = (3, 17, 40)

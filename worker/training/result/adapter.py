@@ -15,9 +15,9 @@ import transformers
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from worker.training.card import write_card
 from worker.training.config import TrainingJob
 from worker.training.errors import ConfigInvalid
+from worker.training.result.card import write_card
 from worker.training.state import State
 
 CONFIG = "adapter_config.json"

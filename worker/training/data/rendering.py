@@ -20,9 +20,9 @@ from jaxtyping import Bool, Int32, Int64
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from worker.training.conversations import Conversation
+from worker.training.data.conversations import Conversation
+from worker.training.data.words import shown
 from worker.training.errors import ConfigInvalid
-from worker.training.words import shown
 
 LossOn = Literal["assistant", "last_assistant", "all"]
 Span = tuple[int, int]

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from worker.training.words import describe, shown
+from worker.training.data.words import describe, shown
 
 RowFormat = Literal["chat", "sharegpt", "alpaca", "prompt_completion"]
 Message = dict[str, Any]

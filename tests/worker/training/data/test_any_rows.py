@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from tests.worker.training.conftest import MARKED, UNMARKED, make_tokenizer
 from worker.training.config import Data, DataFile
-from worker.training.conversations import ROLES, RowFormat, known_columns
-from worker.training.dataset import read
+from worker.training.data.conversations import ROLES, RowFormat, known_columns
+from worker.training.data.dataset import read
+from worker.training.data.rendering import Renderer
 from worker.training.errors import JobError
-from worker.training.rendering import Renderer
 
 FORMATS = ("auto", *get_args(RowFormat))
 NAMES = [*known_columns(None), "role", "content", "name", "tool_calls", "from", "value", "type"]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from worker.training.config import BaseModel, TrainingJob
 from worker.training.errors import BaseModelUnavailable, ConfigInvalid
-from worker.training.model import attach_adapter, load_base, load_tokenizer, max_positions
+from worker.training.model.base import attach_adapter, load_base, load_tokenizer, max_positions
 
 Make = Callable[..., TrainingJob]
 CPU = torch.device("cpu")

@@ -9,9 +9,9 @@ from tokenizers import AddedToken, Tokenizer, models, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.worker.training.conftest import MARKED, UNMARKED, chat, make_tokenizer
-from worker.training.conversations import Conversation, RowProblem, to_conversation
+from worker.training.data.conversations import Conversation, RowProblem, to_conversation
+from worker.training.data.rendering import CUT, LossOn, Renderer, RowRefused
 from worker.training.errors import ConfigInvalid
-from worker.training.rendering import CUT, LossOn, Renderer, RowRefused
 
 TALK = Conversation(
     [

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from worker.training.config import Data, DataFile
-from worker.training.conversations import (
+from worker.training.data.conversations import (
     Conversation,
     RowFormat,
     RowProblem,
@@ -12,10 +12,10 @@ from worker.training.conversations import (
     recognise_format,
     to_conversation,
 )
+from worker.training.data.rendering import Example, Renderer, RowRefused
+from worker.training.data.rows import BadRow, Source, read_rows, recognise_file
+from worker.training.data.words import shown
 from worker.training.errors import ConfigInvalid, DatasetInvalid
-from worker.training.rendering import Example, Renderer, RowRefused
-from worker.training.rows import BadRow, Source, read_rows, recognise_file
-from worker.training.words import shown
 
 BAD_ROWS_IN_MESSAGE = 5
 

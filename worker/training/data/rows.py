@@ -18,8 +18,8 @@ from typing import IO, Any, Literal, cast
 import zstandard
 
 from worker.training.config import DataFile
+from worker.training.data.words import describe, shown
 from worker.training.errors import DatasetInvalid
-from worker.training.words import describe, shown
 
 FileType = Literal["jsonl", "json", "csv", "tsv", "parquet"]
 

@@ -4,8 +4,8 @@ import pytest
 from tokenizers import AddedToken
 
 from tests.worker.training.conftest import chat, make_tokenizer
-from worker.training.conversations import Conversation, Message
-from worker.training.rendering import Renderer, RowRefused
+from worker.training.data.conversations import Conversation, Message
+from worker.training.data.rendering import Renderer, RowRefused
 
 # Written here after the shape of each family: what opens a turn, what ends it, what is refused.
 LLAMA_3 = (

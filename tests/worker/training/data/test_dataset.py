@@ -8,10 +8,10 @@ import pytest
 
 from tests.worker.training.conftest import MARKED, ROWS, chat, make_tokenizer
 from worker.training.config import Data, DataFile, Evaluation, TrainingJob
-from worker.training.conversations import Conversation
-from worker.training.dataset import Prepared, describe_report, fingerprint, prepare, split
+from worker.training.data.conversations import Conversation
+from worker.training.data.dataset import Prepared, describe_report, fingerprint, prepare, split
+from worker.training.data.rendering import Example, Renderer
 from worker.training.errors import ConfigInvalid, DatasetInvalid
-from worker.training.rendering import Example, Renderer
 
 Make = Callable[..., TrainingJob]
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from worker.training.config import TrainingJob
-from worker.training.conversations import Conversation
+from worker.training.data.conversations import Conversation
+from worker.training.data.reading import Read, Usable
+from worker.training.data.rendering import Example, Renderer
 from worker.training.order import total_steps
-from worker.training.reading import Read, Usable
-from worker.training.rendering import Example, Renderer
 
 BAD_ROWS_SHOWN = 20
 

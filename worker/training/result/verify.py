@@ -13,11 +13,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from worker.training.adapter import CONFIG, WEIGHTS
 from worker.training.config import TrainingJob
+from worker.training.data.rendering import Example
 from worker.training.errors import PublishFailed
-from worker.training.model import choose_device, choose_dtype, load_base
-from worker.training.rendering import Example
+from worker.training.model.base import choose_device, choose_dtype, load_base
+from worker.training.result.adapter import CONFIG, WEIGHTS
 
 PROBE = "probe.safetensors"
 PROBE_ROWS, PROBE_TOKENS = 2, 16

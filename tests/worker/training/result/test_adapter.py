@@ -15,11 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.worker.training.conftest import Recorder, folder_bytes, make_tokenizer
 from worker.training.config import TrainingJob
-from worker.training.dataset import prepare
+from worker.training.data.dataset import prepare
+from worker.training.data.rendering import Renderer
 from worker.training.errors import ConfigInvalid, PublishFailed
-from worker.training.rendering import Renderer
+from worker.training.result.verify import verify
 from worker.training.run import run
-from worker.training.verify import verify
 
 Make = Callable[..., TrainingJob]
 ROOT = Path(__file__).resolve().parents[3]

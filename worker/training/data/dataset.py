@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from worker.training.config import TrainingJob
-from worker.training.conversations import Conversation
+from worker.training.data.conversations import Conversation
+from worker.training.data.reading import Read, cut, read
+from worker.training.data.rendering import Example, Renderer
+from worker.training.data.report import describe, describe_report
 from worker.training.errors import DatasetInvalid
-from worker.training.reading import Read, cut, read
-from worker.training.rendering import Example, Renderer
-from worker.training.report import describe, describe_report
 
 __all__ = ["Prepared", "Read", "describe_report", "fingerprint", "prepare", "read", "split"]
 

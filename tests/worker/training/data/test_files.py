@@ -15,8 +15,8 @@ import zstandard
 
 from tests.worker.training.conftest import ROWS, chat
 from worker.training.config import Data, DataFile
-from worker.training.conversations import Conversation
-from worker.training.dataset import read
+from worker.training.data.conversations import Conversation
+from worker.training.data.dataset import read
 from worker.training.errors import DatasetInvalid, JobError
 
 Write = Callable[..., DataFile]
