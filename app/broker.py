@@ -11,6 +11,17 @@ from kombu.entity import Exchange, Queue
 
 WAKE = "flatlora.wake"
 QUEUE = "flatlora"
+MOST_GPUS = 64  # that a job may ask for
+
+
+def queue_of(gpus: int) -> str:
+    """Where wake-ups for jobs of so many GPUs go: none is taken by a slot that is too small."""
+    return QUEUE if gpus == 1 else f"{QUEUE}.{gpus}gpus"
+
+
+def queues_of(slot_size: int) -> list[str]:
+    """What slots of so many GPUs listen to."""
+    return [queue_of(gpus) for gpus in range(1, min(slot_size, MOST_GPUS) + 1)]
 
 
 def make_celery(broker_url: str) -> Celery:
@@ -21,7 +32,10 @@ def make_celery(broker_url: str) -> Celery:
         # Never acknowledged: with acks_late Redis hands a job of hours to a second worker when the
         # visibility timeout ends, and keeps it from all until then if the first dies. And where a
         # connection breaks before an acknowledgement, Celery consumes nothing any more.
-        task_queues=[queue(QUEUE, exchange(QUEUE), routing_key=QUEUE, no_ack=True)],  # the only one
+        task_queues=[
+            queue(name, exchange(name), routing_key=name, no_ack=True)
+            for name in queues_of(MOST_GPUS)
+        ],
         task_acks_late=False,
         # Else a wake-up waits behind a running job while another slot is idle.
         worker_prefetch_multiplier=1,

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from app.db import now
 from app.failpoints import Point, failpoint
-from app.tables import OutboxRow
+from app.tables import JobRow, OutboxRow
 
 if TYPE_CHECKING:
     from celery import Celery
@@ -40,11 +40,12 @@ class Relay:
 
     def _send_batch(self) -> int:
         due = (
-            select(OutboxRow.id, OutboxRow.job_id)
+            select(OutboxRow.id, OutboxRow.job_id, JobRow.gpus)
+            .join(JobRow, JobRow.id == OutboxRow.job_id)
             .where(OutboxRow.due_at <= now())
             .order_by(OutboxRow.id)
             .limit(BATCH)
-            .with_for_update(skip_locked=True)
+            .with_for_update(skip_locked=True, of=OutboxRow)
         )
         with Session(self._engine) as session, session.begin():
             rows = session.execute(due).all()
@@ -52,13 +53,14 @@ class Relay:
                 return 0
             failpoint(Point.RELAY_BEFORE_SEND)
             for row in rows:
-                send_wake_up(self._celery, row.job_id)
+                send_wake_up(self._celery, row.job_id, gpus=row.gpus)
             failpoint(Point.RELAY_AFTER_SEND)
             session.execute(delete(OutboxRow).where(OutboxRow.id.in_([row.id for row in rows])))
         return len(rows)
 
 
-def send_wake_up(celery: "Celery", *about: Any) -> None:
-    from app.broker import QUEUE, WAKE
+def send_wake_up(celery: "Celery", *about: Any, gpus: int = 1) -> None:
+    """To a slot of so many GPUs, or more."""
+    from app.broker import WAKE, queue_of
 
-    celery.send_task(WAKE, args=about, queue=QUEUE)
+    celery.send_task(WAKE, args=about, queue=queue_of(gpus))

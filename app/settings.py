@@ -17,6 +17,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from app.devices import check_slot
 from app.uris import Roots
 
 HEARTBEATS_PER_LEASE = 3  # two may be late or lost before a worker counts as dead
@@ -108,8 +109,9 @@ class Settings(BaseSettings):
     """How often a worker with an idle slot looks for queued jobs whose wake-up was lost."""
 
     devices: Annotated[list[str], NoDecode] = Field(default_factory=list)
-    """What the slots of a worker train on, one each: ``0,1`` are GPUs, ``cpu`` may be repeated.
-    Empty: each GPU of the machine, or one ``cpu``."""
+    """What the slots of a worker train on: ``0,1`` are two slots of a GPU each, ``0+1,2`` one of
+    two GPUs and one of one, and ``cpu`` may be repeated. Empty: each GPU of the machine, or one
+    ``cpu``. The embedded worker has one slot, of all of them."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Where a worker serves its Prometheus metrics; 0: nowhere."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -154,6 +156,13 @@ class Settings(BaseSettings):
     split_lists = field_validator(
         "dataset_roots", "model_roots", "hub_models", "allowed_hosts", "devices", mode="before"
     )(split_list)
+
+    @field_validator("devices", mode="after")
+    @classmethod
+    def _be_slots(cls, devices: list[str]) -> list[str]:
+        for device in devices:
+            check_slot(device)
+        return devices
 
     @field_validator("data_dir", mode="after")
     @classmethod

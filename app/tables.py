@@ -15,6 +15,7 @@ from sqlalchemy import (
     MetaData,
     TypeDecorator,
     UniqueConstraint,
+    text,
 )
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -75,6 +76,12 @@ class JobRow(Table):
         Index("ix_jobs_created_at_id", "created_at", "id"),
         Index("ix_jobs_queue", "status", "project", "priority", "created_at", "id"),
         Index("ix_jobs_project_started_at", "project", "started_at"),
+        Index(
+            "ix_jobs_several_gpus",
+            *("status", "project", "priority", "created_at", "id"),
+            postgresql_where=text("gpus > 1"),
+            sqlite_where=text("gpus > 1"),
+        ),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -89,6 +96,8 @@ class JobRow(Table):
 
     priority: Mapped[int] = mapped_column(server_default="5")
     """0 to 9; within a project the lower start first."""
+    gpus: Mapped[int] = mapped_column(server_default="1")
+    """Of one slot, that it needs; 1 also where it needs none."""
     available_at: Mapped[datetime | None]
     """Not to be claimed before; none: at once."""
     queue_deadline: Mapped[datetime | None]
@@ -158,7 +167,8 @@ class WorkerRow(Table):
     pid: Mapped[int]
     version: Mapped[str]
     slots: Mapped[list[dict[str, Any]]]
-    """``{name, device}`` of each; the name is what a job's row has as its worker."""
+    """``{name, device}`` of each, a device being ``0`` or, of two together, ``0+1``; the name is
+    what a job's row has as its worker."""
     state: Mapped[str]
     """``active`` or ``draining``; it removes its row when it stops."""
     started_at: Mapped[datetime]

@@ -1,6 +1,9 @@
 """The Celery process of a worker: it waits for wake-ups and has one child for each slot.
 
-    python -m worker.celery_worker        (started by worker.main)
+    python -m worker.celery_worker [<size>]      (started by worker.main)
+
+Slots of different sizes have a process each: a wake-up goes to slots that the job fits into
+(``app.broker``), and Celery cannot choose among the children of one process.
 
 A wake-up says that there is something to do; its child takes the jobs whose turn it is until none
 is left. The children import no torch, so they are forked; a child that dies is forked anew and puts
@@ -22,7 +25,8 @@ from celery import Celery, bootsteps, signals
 from celery.exceptions import InvalidTaskError
 from celery.worker.request import Request
 
-from app.broker import QUEUE, WAKE, make_celery
+from app.broker import WAKE, make_celery, queues_of
+from app.devices import parts
 from app.flag import SharedFlag
 from app.ids import is_id
 from app.logs import configure_logs
@@ -40,8 +44,9 @@ RETRY_SECONDS = 2.0
 class Child:
     """A pool child: it is in one slot for all its life."""
 
-    def __init__(self, settings: Settings, draining: SharedFlag) -> None:
+    def __init__(self, settings: Settings, draining: SharedFlag, size: int) -> None:
         self._settings = settings
+        self._size = size
         self._draining = draining
         self._stack = ExitStack()
         self._bench: Bench | None = None
@@ -59,9 +64,8 @@ class Child:
     def _start(self) -> None:
         follow(self._parent)
         configure_tracing("flatlora-worker")  # not before the fork: it has a thread
-        index = current_process().index
         settings = self._settings
-        device = slots(settings.devices)[index]
+        index, device = _slots_of(settings, self._size)[current_process().index]
         path = settings.slots_dir / f"{index}.lock"
         slot = self._stack.enter_context(occupied(path, device, wait_seconds=LOCK_SECONDS))
         structlog.contextvars.bind_contextvars(slot=slot.name)
@@ -110,10 +114,16 @@ class WakeUp(Request):  # type: ignore[misc] # Celery ships no types
         self.acknowledged = True
 
 
-def prepare(settings: Settings, draining: SharedFlag) -> Celery:
+def _slots_of(settings: Settings, size: int) -> list[tuple[int, str]]:
+    """Number and devices of each slot of a size."""
+    numbered = enumerate(slots(settings.devices))
+    return [(index, device) for index, device in numbered if len(parts(device)) == size]
+
+
+def prepare(settings: Settings, draining: SharedFlag, size: int = 1) -> Celery:
     """The Celery app with its one task."""
     app = make_celery(settings.broker_url)
-    child = Child(settings, draining)
+    child = Child(settings, draining, size)
     app.conf.worker_proc_alive_timeout = LOCK_SECONDS + 30
     app.task(name=WAKE, ignore_result=True, Request=WakeUp)(child.work)
     app.steps["worker"].add(_draining_step(draining))
@@ -145,11 +155,11 @@ def _connect(signal_: Any, receiver: Callable[..., Any]) -> None:
 def main() -> int:
     die_with_parent()
     configure_logs()
-    settings = get_settings()
-    app = prepare(settings, SharedFlag())
+    settings, size = get_settings(), int(sys.argv[1]) if sys.argv[1:] else 1
+    app = prepare(settings, SharedFlag(), size)
     worker = app.Worker(
-        concurrency=len(slots(settings.devices)),
-        queues=[QUEUE],
+        concurrency=len(_slots_of(settings, size)),
+        queues=queues_of(size),
         without_gossip=True,
         without_mingle=True,
         without_heartbeat=True,

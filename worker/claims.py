@@ -22,7 +22,7 @@ from app.jobs.events import event
 from app.jobs.states import Phase, Reason, Status, may_move
 from app.outbox import wake
 from app.tables import JobRow
-from worker.queue import HELD, best, is_ready, unlocked
+from worker.queue import HELD, Fit, best, is_ready, unlocked
 
 RECOVERIES_LIMIT = 10  # times that a job may be held by a service that is killed
 CLAIM_TRIES = 20
@@ -70,8 +70,12 @@ class Claims:
         max_attempts: int,
         retry_seconds: float = 0,
         wakes: bool = False,
+        gpus: int | None = None,
     ) -> None:
-        """``wakes``: what is put back into the queue leaves a wake-up in the outbox."""
+        """``wakes``: what is put back into the queue leaves a wake-up in the outbox.
+
+        ``gpus``: of the slot; jobs that need more are left to others. None: there are no others.
+        """
         self._reading = engine
         self._writing = engine.execution_options(writes=True)
         self._worker = worker
@@ -79,21 +83,38 @@ class Claims:
         self._max_attempts = max_attempts
         self._retry_seconds = retry_seconds
         self._wakes = wakes
-        self._take_best = self._taking(best())
-        self._take_unlocked = self._taking(unlocked())
+        self._any, self._several = Fit(gpus), Fit(gpus, several=True)
+        self._prefers_several = gpus is not None and gpus > 1
+        self._took_several = False
+        self._takes = {
+            fit: (self._taking(best(fit)), self._taking(unlocked(fit)))
+            for fit in (self._any, self._several)
+        }
         self.dialect = engine.dialect.name
 
     def claim_next(self) -> Lease | None:
-        """Take the job whose turn it is, if one waits."""
+        """Take the job whose turn it is, if one waits.
+
+        A slot of several GPUs gives every other turn to the jobs that need several: they can run
+        nowhere else, and those that need one do not wait for ever where it is the only slot.
+        """
+        lease = None
+        if self._prefers_several and not self._took_several:
+            lease = self._claim(self._several)
+        self._took_several = lease is not None
+        return lease or self._claim(self._any)
+
+    def _claim(self, fit: Fit) -> Lease | None:
+        take_best, take_unlocked = self._takes[fit]
         for _ in range(CLAIM_TRIES):
             with Session(self._reading) as session:
-                if session.scalar(select(JobRow.id).where(*is_ready()).limit(1)) is None:
+                if session.scalar(select(JobRow.id).where(*is_ready(fit=fit)).limit(1)) is None:
                     return None
-            if lease := self._take(self._take_best):
+            if lease := self._take(take_best):
                 return lease
             time.sleep(random.uniform(0, 0.02))  # noqa: S311 - others are taking the last ones
         # The best one stays locked, perhaps by a machine that is gone: it must not hold up others.
-        return self._take(self._take_unlocked)
+        return self._take(take_unlocked)
 
     def _taking(self, choice: ScalarSelect[str]) -> ReturningUpdate[Any]:
         return (
@@ -120,23 +141,15 @@ class Claims:
             if row is None:
                 return None
             lease = replace(Lease(*row), asked_at=asked_at)
-            session.execute(
-                event(
-                    lease.job_id,
-                    "job.running",
-                    f"Attempt {lease.attempt} is running.",
-                    worker=self._worker,
-                )
-            )
+            what = f"Attempt {lease.attempt} is running."
+            session.execute(event(lease.job_id, "job.running", what, worker=self._worker))
             return lease
 
     def wish(self, lease: Lease) -> Status:
         """What the row says now: ``running``, or a wish to cancel or pause."""
         with Session(self._reading) as session:
             status = session.scalar(select(JobRow.status).where(*self._held(lease)))
-        if status is None:
-            raise LeaseLost(lease.job_id)
-        return Status(status)
+        return self._status(lease, status)
 
     def extend(self, session: Session, lease: Lease, **values: Any) -> Status:
         """Heartbeat: move the lease on and carry values out, in the caller's transaction."""
@@ -146,10 +159,7 @@ class Claims:
             .values(lease_until=now(self._lease_seconds), updated_at=now(), **values)
             .returning(JobRow.status)
         )
-        status = session.scalar(statement)
-        if status is None:
-            raise LeaseLost(lease.job_id)
-        return Status(status)
+        return self._status(lease, session.scalar(statement))
 
     def beat(self, lease: Lease, statements: Collection[Any], **values: Any) -> Status:
         """Heartbeat with what has gathered since the last one, in one transaction."""
@@ -284,15 +294,9 @@ class Claims:
         )
         with Session(self._writing) as session, session.begin():
             expired = session.scalars(late).all()
+            why, reason = "The job has waited for too long.", Reason.MAX_QUEUE_TIME
             for job_id in expired:
-                session.execute(
-                    event(
-                        job_id,
-                        "job.failed",
-                        "The job has waited for too long.",
-                        reason=Reason.MAX_QUEUE_TIME,
-                    )
-                )
+                session.execute(event(job_id, "job.failed", why, reason=reason))
         return len(expired)
 
     def over(self, job_ids: Collection[str]) -> dict[str, str | None]:
@@ -379,6 +383,12 @@ class Claims:
             raise LeaseLost(lease.job_id)
         data = {"reason": values["reason"]} if "reason" in values else {}
         session.execute(event(lease.job_id, type_, why, **data))
+
+    @staticmethod
+    def _status(lease: Lease, found: str | None) -> Status:
+        if found is None:
+            raise LeaseLost(lease.job_id)
+        return Status(found)
 
     @staticmethod
     def _held(lease: Lease) -> tuple[Any, ...]:

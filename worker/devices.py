@@ -1,4 +1,4 @@
-"""What a worker can train on: one slot for each device."""
+"""What a worker can train on: one slot for each device, or for some that work together."""
 
 import os
 import shutil
@@ -6,12 +6,33 @@ import subprocess
 from collections.abc import Sequence
 from itertools import takewhile
 
-CPU = "cpu"
+from app.devices import CPU, joined, parts
 
 
 def slots(configured: Sequence[str]) -> list[str]:
-    """The device of each slot: as configured, or each GPU that is to be seen, or one CPU."""
+    """The devices of each slot: as configured, or each GPU that is to be seen, or one CPU."""
     return list(configured) or gpus() or [CPU]
+
+
+def one_slot(configured: Sequence[str]) -> str | None:
+    """All devices together, for a worker that runs one job at a time.
+
+    None where there is no choice to make: the trainer takes the GPU that it finds, or the CPU.
+    """
+    found = [part for slot in configured for part in parts(slot)] or gpus()
+    if len(found) < 2 and not configured:
+        return None
+    return joined([part for part in found if part != CPU] or found)
+
+
+def first_of(device: str, number: int) -> str:
+    """So many of a slot's devices: what a job that needs no more gets to see."""
+    return joined(parts(device)[:number])
+
+
+def visible(device: str) -> str:
+    """``CUDA_VISIBLE_DEVICES`` for a process that is to see these devices alone."""
+    return ",".join(part for part in parts(device) if part != CPU)
 
 
 def _is_device(name: str) -> bool:

@@ -23,6 +23,7 @@ from app.retention import Retention
 from app.settings import Settings, get_settings
 from app.storage import open_store
 from app.tracing import configure_tracing
+from worker.devices import one_slot
 from worker.metrics import prepare_metrics, serving_metrics
 from worker.reaper import Reaper
 from worker.slot import Bench, Slot, SlotTaken, occupied
@@ -74,8 +75,9 @@ def main() -> int:
 
     signal.signal(signal.SIGTERM, drain)
     signal.signal(signal.SIGINT, drain)
+    device = one_slot(settings.devices)
     try:
-        with occupied(settings.data_dir / "dispatcher.lock", None) as slot:
+        with occupied(settings.data_dir / "dispatcher.lock", device) as slot:
             prepare_metrics(settings)
             configure_tracing("flatlora-worker")
             cleaner = Retention(make_engine(settings.database), open_store(settings), settings)

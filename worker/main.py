@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from datetime import datetime
 from types import FrameType
@@ -47,9 +48,10 @@ STOP_MARGIN_SECONDS = 28
 
 
 class CeleryProcess:
-    """The process that waits for wake-ups, started again when it dies."""
+    """The process that waits for wake-ups for slots of a size, started again when it dies."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
+        self._size = size
         self._process: subprocess.Popen[bytes] | None = None
         self._started_at = 0.0
         self._start_at = 0.0
@@ -82,8 +84,8 @@ class CeleryProcess:
     def _start(self) -> None:
         self._started_at = time.monotonic()
         self._kill_at = float("inf")
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "worker.celery_worker"],
+        self._process = subprocess.Popen(  # noqa: S603 - our own module
+            [sys.executable, "-P", "-m", "worker.celery_worker", str(self._size)],
             stdin=subprocess.PIPE,  # never written to: its end tells the child to leave
             start_new_session=True,
         )
@@ -116,9 +118,12 @@ class CeleryProcess:
 
 
 class Sweeper:
-    """Wakes this worker's idle slots when jobs wait whose wake-up was lost."""
+    """Wakes this worker's idle slots of a size when jobs wait whose wake-up was lost."""
 
-    def __init__(self, settings: Settings, registry: Registry, celery: CeleryProcess) -> None:
+    def __init__(
+        self, settings: Settings, registry: Registry, celery: CeleryProcess, size: int
+    ) -> None:
+        self._size = size
         self._broker = make_celery(settings.broker_url)
         self._patience = settings.sweep_seconds
         self._stop_seconds = settings.drain_grace_seconds + STOP_MARGIN_SECONDS
@@ -128,14 +133,16 @@ class Sweeper:
         self._newest_start: datetime | None = None
 
     def sweep(self) -> None:
-        idle = self._registry.idle_slots()
-        late = self._registry.waiting_jobs(idle, for_seconds=self._patience) if idle else 0
+        idle, late = self._registry.idle_slots(self._size), 0
+        if idle:
+            late = self._registry.waiting_jobs(self._size, idle, for_seconds=self._patience)
         if not late:
             self._in_vain = 0
             return
         for _ in range(late):
-            send_wake_up(self._broker)
-        started, self._newest_start = self._newest_start, self._registry.newest_start()
+            send_wake_up(self._broker, gpus=self._size)
+        started = self._newest_start
+        self._newest_start = self._registry.newest_start(self._size)
         if started != self._newest_start:  # it moves; a slot may be idle between two jobs
             self._in_vain = 0
         self._in_vain += 1
@@ -159,7 +166,8 @@ class Worker:
         ]
         engine = make_engine(settings.database, answer_seconds=settings.answer_seconds)
         self._registry = Registry(engine, name, self._slots)
-        self._celery = CeleryProcess()
+        sizes = sorted({slot.size for slot in self._slots})
+        self._celeries = [CeleryProcess(size) for size in sizes]
         claims = Claims(
             engine,
             worker=name,
@@ -172,12 +180,15 @@ class Worker:
         reaper = Reaper(claims, every_seconds=reap_seconds, lease_seconds=settings.lease_seconds)
         relay = Relay(engine, make_celery(settings.broker_url))
         cleaner = Retention(make_engine(settings.database), open_store(settings), settings)
-        sweeper = Sweeper(settings, self._registry, self._celery)
+        sweepers = [
+            Sweeper(settings, self._registry, celery, size)
+            for celery, size in zip(self._celeries, sizes, strict=True)
+        ]
         self._beat = Periodic("registry", settings.heartbeat_seconds / 2, self._registry.beat)
         self._duties = [
             Periodic("relay", settings.relay_seconds, relay.send_due),
             Periodic("reaper", reap_seconds, reaper.reap),
-            Periodic("sweeper", settings.sweep_seconds, sweeper.sweep),
+            *(Periodic("sweeper", settings.sweep_seconds, each.sweep) for each in sweepers),
             Periodic("lost workers", FORGET_SECONDS, self._forget_lost),
             Periodic("cleaner", settings.cleaning_seconds, cleaner.clean),
         ]
@@ -191,18 +202,26 @@ class Worker:
                 for duty in self._duties:
                     duties.enter_context(duty)
                 while not draining.wait(TURN_SECONDS):
-                    self._celery.tend()
+                    for celery in self._celeries:
+                        celery.tend()
                     alive.touch()
                 self._registry.is_draining = True
                 self._beat.nudge()
-                self._celery.stop(self._settings.drain_grace_seconds + STOP_MARGIN_SECONDS)
+                self._stop(self._settings.drain_grace_seconds + STOP_MARGIN_SECONDS)
         with suppress(SQLAlchemyError):
             self._registry.leave()
         alive.unlink(missing_ok=True)
         log.info("worker drained")
 
+    def _stop(self, seconds: float) -> None:
+        """All at once: each waits for its jobs' checkpoints."""
+        with ThreadPoolExecutor(len(self._celeries)) as stopping:
+            for celery in self._celeries:
+                stopping.submit(celery.stop, seconds)
+
     def kill(self) -> None:
-        self._celery.kill()
+        for celery in self._celeries:
+            celery.kill()
 
     def _forget_lost(self) -> None:
         self._registry.forget_lost(24 * FORGET_SECONDS)

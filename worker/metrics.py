@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from app.devices import CPU, parts
 from app.jobs.states import Reason
 from app.settings import Settings
 from app.storage import make_private
-from worker.devices import CPU
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -93,7 +93,7 @@ def tokens(number: int) -> None:
 
 def gpu_memory(device: str | None, size: int) -> None:
     """The most that the trainer on this device has allocated; 0 when it has ended."""
-    if device != CPU and (numbers := _numbers()):
+    if CPU not in parts(device or "0") and (numbers := _numbers()):
         numbers.gpu_memory.labels(device or "0").set(size)
 
 

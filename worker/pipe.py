@@ -13,6 +13,7 @@ class PipeReporter:
     """The trainer's end: a ``Reporter`` whose every call is a line."""
 
     def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
         self._pipe: IO[str] = os.fdopen(descriptor, "w", buffering=1, encoding="utf-8")
 
     def phase(self, name: str) -> None:

@@ -19,11 +19,13 @@ from worker.pipe import Message, read_messages
 PASSED_ON = (
     "CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "FLATLORA_EXECUTION_LOG", "FLATLORA_FAILPOINTS",
     "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH",
-    "MKL_NUM_THREADS", "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PATH", "TMPDIR", "TZ",
+    "MKL_NUM_THREADS", "NCCL_DEBUG", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE",
+    "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PATH", "TMPDIR", "TZ",
 )  # fmt: skip
 FIXED = {
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matmuls on CUDA
     "PYTHONUNBUFFERED": "1",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",  # passes differ in length
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "warning",
 }

@@ -1,12 +1,15 @@
 """Whose turn it is: projects take turns, and within one the lower priority and the older job first.
 
-The statement finds one job among many thousands by a few index look-ups per waiting project.
+A slot looks only at jobs that need no more GPUs than it has. The statement finds one job among
+many thousands by a few index look-ups per waiting project.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, ScalarSelect, func, or_, select
+from sqlalchemy import ColumnElement, ScalarSelect, func, literal_column, or_, select
 from sqlalchemy.orm import aliased
 
 from app.db import now
@@ -18,14 +21,36 @@ HELD = [status for status in Status if status.is_held]
 Job = type[JobRow]
 
 
-def is_ready(job: Job = JobRow) -> tuple[ColumnElement[bool], ...]:
-    """Queued, and not kept back for a while."""
+@dataclass(frozen=True)
+class Fit:
+    """Which jobs a slot can run.
+
+    Attributes:
+        most: GPUs that a job may need; None: any number.
+        several: Only those that need more than one.
+    """
+
+    most: int | None = None
+    several: bool = False
+
+    def of(self, job: Job) -> Iterator[ColumnElement[bool]]:
+        if self.most is not None:
+            yield job.gpus <= self.most
+        if self.several:
+            yield job.gpus > literal_column("1")  # as the index that has these jobs alone says it
+
+
+ANY = Fit()
+
+
+def is_ready(job: Job = JobRow, fit: Fit = ANY) -> tuple[ColumnElement[bool], ...]:
+    """Queued, not kept back for a while, and fit for the slot."""
     available = or_(job.available_at.is_(None), job.available_at <= now())
-    return (job.status == Status.QUEUED, available)
+    return (job.status == Status.QUEUED, available, *fit.of(job))
 
 
 @cache  # to build it takes many times as long as to run it
-def best() -> ScalarSelect[str]:
+def best(fit: Fit = ANY) -> ScalarSelect[str]:
     """The next job: of the project with the fewest running ones, then the least recently served.
 
     The row is locked, and one that another worker is taking is passed over.
@@ -33,7 +58,7 @@ def best() -> ScalarSelect[str]:
     job = aliased(JobRow)
     return (
         select(job.id)
-        .where(*is_ready(job), job.project == _project())
+        .where(*is_ready(job, fit), job.project == _project(fit))
         .order_by(*_order(job))
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -42,12 +67,12 @@ def best() -> ScalarSelect[str]:
 
 
 @cache
-def unlocked() -> ScalarSelect[str]:
+def unlocked(fit: Fit = ANY) -> ScalarSelect[str]:
     """Any job that nobody is taking, for when the one whose turn it is stays locked."""
     job = aliased(JobRow)
     return (
         select(job.id)
-        .where(*is_ready(job))
+        .where(*is_ready(job, fit))
         .order_by(job.project, *_order(job))
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -55,7 +80,7 @@ def unlocked() -> ScalarSelect[str]:
     )
 
 
-def _project() -> ScalarSelect[str]:
+def _project(fit: Fit) -> ScalarSelect[str]:
     """The project whose turn it is."""
     waiting = _waiting_projects()
     running, started, head, first = (aliased(JobRow) for _ in range(4))
@@ -67,7 +92,7 @@ def _project() -> ScalarSelect[str]:
     served = select(func.max(started.started_at)).where(started.project == waiting)
     head_id = (
         select(first.id)
-        .where(*is_ready(first), first.project == waiting)
+        .where(*is_ready(first, fit), first.project == waiting)
         .order_by(*_order(first))
         .limit(1)
     )

@@ -12,9 +12,8 @@ from sqlalchemy.orm import Session
 
 from app import __version__
 from app.db import now
-from app.jobs.states import Status
 from app.tables import JobRow, WorkerRow
-from worker.queue import HELD, is_ready
+from worker.queue import HELD, Fit, is_ready
 from worker.slot import Slot
 
 
@@ -55,9 +54,9 @@ class Registry:
         with Session(self._engine) as session, session.begin():
             session.execute(delete(WorkerRow).where(WorkerRow.heartbeat_at < now(-silent_seconds)))
 
-    def idle_slots(self) -> int:
-        """How many of this worker's slots hold no job."""
-        names = [slot.name for slot in self._slots]
+    def idle_slots(self, size: int) -> int:
+        """How many of this worker's slots of a size hold no job."""
+        names = self._names(size)
         with Session(self._engine) as session:
             held = session.scalar(
                 select(func.count())
@@ -66,21 +65,21 @@ class Registry:
             )
         return len(names) - (held or 0)
 
-    def newest_start(self) -> datetime | None:
-        """When a job has last begun in one of this worker's slots."""
-        names = [slot.name for slot in self._slots]
+    def newest_start(self, size: int) -> datetime | None:
+        """When a job has last begun in one of this worker's slots of a size."""
+        newest = select(func.max(JobRow.started_at)).where(JobRow.worker.in_(self._names(size)))
         with Session(self._engine) as session:
-            return session.scalar(
-                select(func.max(JobRow.started_at)).where(JobRow.worker.in_(names))
-            )
+            return session.scalar(newest)
 
-    def waiting_jobs(self, limit: int, *, for_seconds: float) -> int:
-        """How many jobs, up to a limit, could have been taken for so long and were not."""
+    def _names(self, size: int) -> list[str]:
+        return [slot.name for slot in self._slots if slot.size == size]
+
+    def waiting_jobs(self, size: int, limit: int, *, for_seconds: float) -> int:
+        """How many jobs, up to a limit, a slot could have taken for so long and did not."""
         late = (
             select(JobRow.id)
             .where(
-                *is_ready(),
-                JobRow.status == Status.QUEUED,
+                *is_ready(fit=Fit(size)),
                 func.coalesce(JobRow.available_at, JobRow.updated_at) < now(-for_seconds),
             )
             .limit(limit)

@@ -1,4 +1,4 @@
-"""One place where jobs run, one at a time: a device, a name, and a lock of who works there."""
+"""One place where jobs run, one at a time: devices, a name, and a lock of who works there."""
 
 import fcntl
 import platform
@@ -14,6 +14,7 @@ from typing import IO
 import structlog
 
 from app.db import OUTAGES, make_engine
+from app.devices import parts
 from app.settings import Settings
 from app.storage import make_private, open_store
 from worker.claims import Claims, Lease
@@ -33,10 +34,18 @@ class SlotTaken(Exception):
 
 @dataclass(frozen=True)
 class Slot:
-    """``name`` is what the rows of its jobs have as their worker."""
+    """``name`` is what the rows of its jobs have as their worker.
+
+    ``device`` may be several that are joined (``0+1``), for jobs that need as many.
+    """
 
     name: str
     device: str | None
+
+    @property
+    def size(self) -> int:
+        """How many GPUs a job may need."""
+        return len(parts(self.device)) if self.device else 1
 
 
 @contextmanager
@@ -99,6 +108,7 @@ class Bench:
             max_attempts=settings.max_attempts,
             retry_seconds=settings.retry_seconds,
             wakes=settings.is_cluster,
+            gpus=slot.size if settings.is_cluster else None,
         )
         fetcher = Fetcher(settings, self._engine, store)
         self._supervisor = Supervisor(settings, self.claims, fetcher, store, draining, slot.device)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
+from app.devices import parts
 from app.jobs.states import Phase, Reason
 from app.logs import job_context
 from app.settings import Settings
@@ -19,7 +20,7 @@ from app.storage import ArtifactStore, Damaged, Outage
 from app.tracing import flush, span
 from worker import metrics
 from worker.claims import Claims, Lease, LeaseLost
-from worker.devices import CPU
+from worker.devices import first_of, visible
 from worker.fetch import Fetcher
 from worker.handover import Handover, restore
 from worker.inputs import CHECKPOINTS, JOB_FILE, LOG_FILE
@@ -29,7 +30,7 @@ from worker.process import FolderBusy, Task, TrainerProcess, out_of_memory_kills
 from worker.progress import Progress
 from worker.publish import publish
 from worker.trainer import DRAINED
-from worker.training.errors import JobError, as_told
+from worker.training.errors import ConfigInvalid, JobError, as_told
 from worker.watch import Draining, Stop, Watch
 
 Value = TypeVar("Value")
@@ -67,6 +68,11 @@ def traced(name: str, lease: Lease, started_at: int | None = None) -> AbstractCo
     return span(name, lease.traceparent, started_at=started_at, **ids)
 
 
+def _gpus(lease: Lease) -> int:
+    """That the job needs; old rows do not say."""
+    return 1 if lease.spec["dry_run"] else int(lease.spec["resources"].get("gpus", 1))
+
+
 def _how(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
 
@@ -89,7 +95,7 @@ class Supervisor:
         draining: Draining,
         device: str | None = None,
     ) -> None:
-        """``device``: the GPU's number, ``cpu``, or None for whatever the trainer finds."""
+        """``device``: GPUs (``0``, ``0+1``), ``cpu``, or None for whatever the trainer finds."""
         self._settings = settings
         self._claims = claims
         self._fetcher = fetcher
@@ -170,6 +176,7 @@ class Supervisor:
     def _work(
         self, lease: Lease, progress: Progress, watch: Watch
     ) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        self._check_size(lease)
         folder = self._folder(lease)
         folder.mkdir(parents=True, exist_ok=True)
         with traced("job.fetch", lease):
@@ -184,6 +191,15 @@ class Supervisor:
         with traced("job.publish", lease):
             manifest = self._publish(folder, lease, watch, result)
         return manifest["result"], manifest["adapter"]
+
+    def _check_size(self, lease: Lease) -> None:
+        """Only an embedded worker takes jobs that are too large for it: nobody else would come."""
+        found = len(parts(self._device)) if self._device else 1
+        if _gpus(lease) > found:
+            raise ConfigInvalid(
+                f"The job asks for {_gpus(lease)} GPUs, and this service trains on {found}.",
+                "Lower resources.gpus, or give the service more: FLATLORA_DEVICES.",
+            )
 
     def _fetch(self, folder: Path, lease: Lease, progress: Progress, watch: Watch) -> None:
         def download(name: str, revision: str | None) -> Path:
@@ -283,15 +299,15 @@ class Supervisor:
 
     def _environment(self, lease: Lease) -> dict[str, str]:
         """What the trainer of one attempt gets beside what every trainer gets."""
+        device = first_of(self._device, _gpus(lease)) if self._device else ""
         described = {
-            "FLATLORA_DEVICE": self._device or "",
+            "FLATLORA_DEVICE": device,
             "FLATLORA_JOB_ID": lease.job_id,
             "FLATLORA_ATTEMPT": str(lease.attempt),
             "FLATLORA_FENCE": str(lease.fence),
+            "FLATLORA_STALL_SECONDS": f"{self._settings.stall_seconds:g}",
         }
-        if self._device is None:
-            return described
-        return described | {"CUDA_VISIBLE_DEVICES": "" if self._device == CPU else self._device}
+        return described | ({"CUDA_VISIBLE_DEVICES": visible(device)} if device else {})
 
     def _yield_to(self, stop: Stop | None, lease: Lease) -> None:
         """Do what was wished for."""

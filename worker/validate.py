@@ -68,7 +68,7 @@ def check(job: TrainingJob, *, has_model: bool) -> dict[str, Any]:
             "file": found.source.type,
             "compression": found.source.compression,
         },
-        "rows": {"read": found.rows, "bad": len(found.bad_rows)},
+        "rows": {"read": found.rows, "bad": found.bad},
         "bad_rows": [{"place": row.place, "problem": row.problem} for row in found.bad_rows],
     }
 

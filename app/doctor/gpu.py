@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from app.devices import CPU, parts
 from app.doctor.finding import Check, Finding, fail, gib, ok, warn
 from app.settings import Settings
 
@@ -102,7 +103,7 @@ def _ask_driver() -> list[str]:
 
 
 def _judge(settings: Settings, torch: Torch, seen: list[str]) -> Iterator[Finding]:
-    wanted = [device for device in settings.devices if device != "cpu"]
+    wanted = [part for slot in settings.devices for part in parts(slot) if part != CPU]
     expected = f"the GPUs of FLATLORA_DEVICES: {', '.join(wanted)}" if wanted else ""
     if not torch.gpus:
         yield _on_the_cpu(torch, seen, expected, is_wanted=bool(wanted))

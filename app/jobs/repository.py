@@ -20,11 +20,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import defer
 
 from app.db import now
+from app.devices import parts
 from app.ids import is_id
 from app.jobs.events import event
 from app.jobs.states import Status, may_move
 from app.outbox import wake
-from app.tables import EventRow, IdempotencyRow, JobRow, MetricRow
+from app.tables import EventRow, IdempotencyRow, JobRow, MetricRow, WorkerRow
 
 WAITING = [s for s in Status if may_move(s, Status.CANCELLED) and not s.is_held]
 STOPPABLE = [s for s in Status if may_move(s, Status.CANCELLING)]
@@ -58,6 +59,17 @@ class JobRepository:
         if self._wakes:
             await self._session.execute(wake(job.id))
         return job
+
+    async def tell(self, job_id: str, type_: str, message: str, **data: Any) -> None:
+        """Add an event to a job that this transaction has written."""
+        await self._session.execute(event(job_id, type_, message, **data))
+
+    async def largest_slot(self, *, alive_seconds: float) -> int:
+        """Devices of the largest slot of all workers that are alive; 0 without any."""
+        alive = select(WorkerRow.slots).where(WorkerRow.heartbeat_at >= now(-alive_seconds))
+        found = (await self._session.scalars(alive)).all()
+        sizes = [len(parts(slot["device"] or "")) for slots in found for slot in slots]
+        return max(sizes, default=0)
 
     async def get(self, job_id: str) -> JobRow | None:
         if not is_id(job_id, "job"):

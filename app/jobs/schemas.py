@@ -17,10 +17,10 @@ LABEL_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_./-]{0,62}$"
 LabelName = Annotated[str, Field(pattern=LABEL_NAME)]
 Label = Annotated[str, Field(max_length=256)]
 LayerName = Annotated[str, Field(min_length=1)]
-RowFormat = Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion"]
+RowFormat = Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text"]
 Column = Literal[
     "messages", "conversations", "tools", "system",
-    "instruction", "input", "output", "prompt", "completion",
+    "instruction", "input", "output", "prompt", "completion", "text",
 ]  # fmt: skip
 """The columns that the formats know."""
 
@@ -70,7 +70,7 @@ class LoraOptions(Body):
 class DataOptions(Body):
     format: RowFormat = Field(
         "auto",
-        description="How a row is read. auto recognises and reports it.",
+        description="How a row is read. auto recognises and reports it, text only where asked for.",
     )
     mapping: dict[Column, str] = Field(
         default_factory=dict, description="Columns to rename: expected name → name in the file."
@@ -90,10 +90,32 @@ class TrainingOptions(Body):
     )
     max_steps: Positive | None = Field(None, description="Optimizer steps; instead of epochs.")
     batch_size: Positive = Field(16, description="Rows per optimizer step.")
+    batch_tokens: Positive | None = Field(
+        None,
+        description="Tokens per optimizer step, instead of batch_size: as many rows as fit.",
+    )
     micro_batch_size: Positive | None = Field(
-        None, description="Rows per forward pass. Default: batch_size, at most 8."
+        None,
+        description="Sequences (rows, or packed rows) per forward pass. "
+        "Default: what memory allows.",
+    )
+    packing: bool | None = Field(
+        None,
+        description="Rows share sequences of max_length, and do not see each other. "
+        "Default: where the GPU's attention keeps them apart for free.",
+    )
+    activation_checkpointing: bool | None = Field(
+        None,
+        description="Compute activations again in the backward pass: slower, with less memory. "
+        "Default: where memory asks for it.",
+    )
+    quantization: Literal["4bit", "8bit"] | None = Field(
+        None, description="How the frozen base is stored; the worker needs bitsandbytes."
     )
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 2e-4
+    loraplus_lr_ratio: Annotated[float, Field(ge=1, le=1000)] = Field(
+        1.0, description="Learning rate of B over that of A (LoRA+). 1 is plain AdamW."
+    )
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
@@ -116,6 +138,8 @@ class TrainingOptions(Body):
     def _one_length(self) -> "TrainingOptions":
         if self.epochs is not None and self.max_steps is not None:
             raise ValueError("give epochs or max_steps, not both")
+        if self.batch_tokens is not None and "batch_size" in self.model_fields_set:
+            raise ValueError("give batch_size (rows) or batch_tokens, not both")
         return self
 
 
@@ -130,9 +154,27 @@ class EvaluationOptions(Body):
     every_steps: Positive | None = Field(
         None, description="Steps between evaluations. Default: a quarter of the run, at least 20."
     )
+    patience: Positive | None = Field(
+        None,
+        description="Evaluations without a lower held-out loss after which the run ends early.",
+    )
+    min_delta: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="By how much a held-out loss must be lower to count as lower."
+    )
+    keep: Literal["last", "best"] = Field(
+        "last", description="The finished adapter: of the last step, or of the lowest loss."
+    )
 
 
 class Resources(Body):
+    gpus: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="GPUs of one worker that train the job together."
+    )
+    strategy: Literal["auto", "ddp", "fsdp"] = Field(
+        "auto",
+        description="Each GPU holds the whole base (ddp) or a part of it (fsdp). "
+        "auto: a part where the whole does not fit.",
+    )
     max_queue_time: Positive | None = Field(
         None,
         description="Seconds after which a job that has not started fails with max_queue_time.",
@@ -140,6 +182,21 @@ class Resources(Body):
     max_runtime: Positive | None = Field(
         None, description="Seconds after which a running job is stopped with max_runtime."
     )
+
+    @model_validator(mode="after")
+    def _somebody_to_share_with(self) -> "Resources":
+        if self.strategy == "fsdp" and self.gpus == 1:
+            raise ValueError("fsdp divides the base among GPUs: give gpus, or leave strategy out")
+        return self
+
+
+LATER_TRAINING = [
+    "activation_checkpointing", "batch_tokens", "loraplus_lr_ratio", "micro_batch_size", "packing",
+    "quantization",
+]  # fmt: skip
+LATER_EVALUATION = ["keep", "min_delta", "patience"]
+LATER_RESOURCES = ["gpus", "max_queue_time", "strategy"]
+"""Fields that 0.1 does not know, or knows with another default."""
 
 
 class JobCreate(Body):
@@ -197,10 +254,15 @@ class JobCreate(Body):
     def stored(self) -> dict[str, Any]:
         """As the job's row keeps it: without what 0.1 does not know, where that says nothing."""
         spec = self.model_dump(mode="json")
-        if spec["priority"] == JobCreate.model_fields["priority"].default:
-            del spec["priority"]
-        if spec["resources"]["max_queue_time"] is None:
-            del spec["resources"]["max_queue_time"]
+        for group, model, names in (
+            (spec, JobCreate, ["priority"]),
+            (spec["training"], TrainingOptions, LATER_TRAINING),
+            (spec["evaluation"], EvaluationOptions, LATER_EVALUATION),
+            (spec["resources"], Resources, LATER_RESOURCES),
+        ):
+            for name in names:
+                if group[name] == model.model_fields[name].default:
+                    del group[name]
         return spec
 
     def resolved(self) -> "JobCreate":
@@ -208,8 +270,6 @@ class JobCreate(Body):
         training, lora = self.training, self.lora
         if training.epochs is None and training.max_steps is None:
             training = training.model_copy(update={"epochs": 3.0})
-        if training.micro_batch_size is None:
-            training = training.model_copy(update={"micro_batch_size": min(training.batch_size, 8)})
         if lora.alpha is None:
             lora = lora.model_copy(update={"alpha": 2.0 * self.rank})
         return self.model_copy(update={"training": training, "lora": lora})

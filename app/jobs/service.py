@@ -77,6 +77,7 @@ class JobService:
         try:
             async with self._session.begin_nested() if key else nullcontext():
                 row = await self._jobs.add(**_new_row(spec), request_id=request_id)
+                await self._tell_if_too_large(row)
                 if key:
                     await self._jobs.remember(key, digest, row.id)
         except IntegrityError:
@@ -85,6 +86,21 @@ class JobService:
                 return earlier, True
             raise
         return await self._present(row), False
+
+    async def _tell_if_too_large(self, row: JobRow) -> None:
+        """In the job's events: no error, as a worker with such a slot may come tomorrow."""
+        if row.gpus == 1 or not self._settings.is_cluster:
+            return
+        largest = await self._jobs.largest_slot(alive_seconds=self._settings.lease_seconds)
+        if largest < row.gpus:
+            await self._jobs.tell(
+                row.id,
+                "job.waiting",
+                f"The job needs {row.gpus} GPUs in one slot, and the largest slot of the workers "
+                f"that are there has {largest}: it waits until one with more comes.",
+                gpus=row.gpus,
+                largest_slot=largest,
+            )
 
     async def _replay(self, key: str, digest: str) -> Job | None:
         known = await self._jobs.remembered(key)
@@ -207,6 +223,7 @@ def _new_row(spec: JobCreate) -> dict[str, Any]:
         "status": Status.QUEUED,
         "traceparent": inject(),
         "priority": spec.priority,
+        "gpus": 1 if spec.dry_run else spec.resources.gpus,
         "queue_deadline": now(waits) if (waits := spec.resources.max_queue_time) else None,
     }
 

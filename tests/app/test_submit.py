@@ -31,7 +31,7 @@ class TestAccepted:
         spec = service.submit(rank=4, training={"batch_size": 4})["spec"]
         assert spec["lora"]["alpha"] == 8
         assert spec["training"]["epochs"] == 3
-        assert spec["training"]["micro_batch_size"] == 4
+        assert spec["training"]["micro_batch_size"] is None
         assert spec["sigma"] == 0.05
 
     def test_the_same_job_can_be_submitted_from_its_record(self, service: Service) -> None:

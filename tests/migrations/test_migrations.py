@@ -117,21 +117,22 @@ class TestPopulated:
             "jobs": len(Status), "job_events": 2 * len(Status), "job_metrics": 2 * len(Status),
             "datasets": 1, "idempotency_keys": len(Status),
         }  # fmt: skip
-        for revision in ("0002", "0001", "0002"):
-            (downgrade if revision == "0001" else upgrade)(database_url, revision)
+        for revision in ("0002", "0003", "0002", "0001", "0003"):
+            (upgrade if revision > current(filled) else downgrade)(database_url, revision)
             assert contents(filled, like=before) == before
 
     def test_old_jobs_get_the_defaults(self, filled: Engine, database_url: str) -> None:
         upgrade(database_url)
         with filled.connect() as connection:
-            query = "SELECT DISTINCT project, priority, available_at, inputs, checkpoint FROM jobs"
+            new = "project, priority, gpus, available_at, inputs, checkpoint"
+            query = f"SELECT DISTINCT {new} FROM jobs"  # noqa: S608 - columns of our own
             assert [tuple(found) for found in connection.execute(text(query))] == [
-                ("default", 5, None, None, None)
+                ("default", 5, 1, None, None, None)
             ]
 
     def test_the_way_back_keeps_what_0001_promises(self, filled: Engine, database_url: str) -> None:
         constraints = described(filled)
-        upgrade(database_url, "0002")
+        upgrade(database_url)
         downgrade(database_url, "0001")
         assert described(filled) == constraints
         with (
@@ -143,7 +144,7 @@ class TestPopulated:
     def test_a_job_that_goes_takes_what_belongs_to_it_along(
         self, filled: Engine, database_url: str
     ) -> None:
-        for revision in ("0002", "0001"):
+        for revision in ("0003", "0001"):
             (downgrade if revision == "0001" else upgrade)(database_url, revision)
         with filled.execution_options(writes=True).begin() as connection:
             connection.execute(text("DELETE FROM jobs"))
@@ -177,6 +178,11 @@ def fill(engine: Engine) -> None:
         connection.execute(tables["datasets"].insert().values(
             id=f"ds_{0:032x}", sha256="0" * 64, filename="a", size=5 << 30, created_at=zone
         ))  # fmt: skip
+
+
+def current(engine: Engine) -> str:
+    with engine.connect() as connection:
+        return str(connection.scalar(text("SELECT version_num FROM alembic_version")))
 
 
 def reflected(engine: Engine) -> dict[str, sa.Table]:

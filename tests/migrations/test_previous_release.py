@@ -113,9 +113,9 @@ class TestOldToNew:
         old.release(held(old))
         assert outbox(engine) == []
         registry = Registry(engine, "m", [])
-        assert registry.waiting_jobs(10, for_seconds=30) == 0
+        assert registry.waiting_jobs(1, 10, for_seconds=30) == 0
         change(engine, submitted, updated_at=now(-40))
-        assert registry.waiting_jobs(10, for_seconds=30) == 1
+        assert registry.waiting_jobs(1, 10, for_seconds=30) == 1
         assert claimed(new).job_id == submitted
 
     def test_one_that_it_loses_comes_back_and_is_closed_to_it(
@@ -163,6 +163,13 @@ class TestNewToOld:
         assert lease.fence == lost.fence + 1
         with pytest.raises(LeaseLost):
             new.succeed(lost, result={}, adapter=None)
+
+    def test_the_old_worker_knows_of_no_gpus_and_takes_a_job_of_several(
+        self, engine: Engine, old: Release01
+    ) -> None:
+        """It would train it on one. Where that matters, such jobs wait for the last upgrade."""
+        job_id = add_job(engine, gpus=2)
+        assert held(old).job_id == job_id
 
     def test_the_old_api_lists_it(self, old: Release01, modern: str) -> None:
         assert old.page() == [modern]

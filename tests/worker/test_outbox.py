@@ -20,7 +20,7 @@ from sqlalchemy import Engine, select, update
 from sqlalchemy.orm import Session
 
 from app import failpoints
-from app.broker import QUEUE, WAKE, make_celery
+from app.broker import QUEUE, WAKE, make_celery, queue_of
 from app.db import Database, make_engine, now
 from app.failpoints import Injected
 from app.ids import new_id
@@ -37,6 +37,7 @@ from tests.worker.jobs import (
     change,
     claimed,
     count,
+    event_types,
     expire,
     make_spec,
     outbox,
@@ -44,6 +45,8 @@ from tests.worker.jobs import (
     seconds_from_now,
 )
 from worker.claims import Claims, Lease
+from worker.registry import Registry
+from worker.slot import Slot
 
 SEND = """
 import sys
@@ -70,10 +73,10 @@ def broker(redis: RedisServer) -> Iterator[Celery]:
         yield celery
 
 
-def sent(redis: RedisServer) -> list[Any]:
+def sent(redis: RedisServer, queue: str = QUEUE) -> list[Any]:
     """What each message says, the oldest first."""
     with redis.client() as client:
-        messages: Any = client.lrange(QUEUE, 0, -1)
+        messages: Any = client.lrange(queue, 0, -1)
     found = []
     for message in reversed([json.loads(text) for text in messages]):
         assert message["headers"]["task"] == WAKE
@@ -193,6 +196,25 @@ class TestSubmitted:
             (second,) = {service.post(service.body, **key).json()["id"] for _ in range(3)}
             until(lambda: sent(redis) == [[first], [second]])
             assert outbox(service.engine) == []
+
+    def test_one_of_several_gpus_wakes_slots_that_have_them_and_says_if_none_has(
+        self, tmp_path: Path, migrated_postgres_url: str, redis: RedisServer, broker: Celery
+    ) -> None:
+        settings = make_settings(
+            tmp_path, migrated_postgres_url, broker_url=redis.url(), relay_seconds=600
+        )
+        with contextmanager(serve)(settings) as service:
+            service.body["resources"] = {"gpus": 2}
+            slots = [[], [Slot("a", "0"), Slot("b", "1")], [Slot("a", "0+1")]]
+            told = []
+            for found in slots:
+                Registry(service.engine, "machine", found).beat()
+                job_id = service.submit()["id"]
+                until(lambda: sent(redis, queue_of(2))[-1:] == [[job_id]])  # noqa: B023 - at once
+                told.append(event_types(service.engine, job_id))
+            dry = service.submit(dry_run=True)["id"]  # needs none
+            until(lambda: sent(redis) == [[dry]])
+        assert told == [["job.queued", "job.waiting"]] * 2 + [["job.queued"]]
 
     @pytest.mark.parametrize("wakes", [True, False])
     def test_it_is_there_if_and_only_if_the_job_is(

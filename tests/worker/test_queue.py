@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 from sqlalchemy import Engine, event, select, text
 from sqlalchemy.orm import Session
 
@@ -37,6 +38,47 @@ class TestOrder:
         for job_id in jobs:
             change(engine, job_id, created_at=row(engine, jobs[0]).created_at)
         assert [claimed(claims).job_id for _ in jobs] == sorted(jobs)
+
+
+class TestSizes:
+    @staticmethod
+    def slot(engine: Engine, gpus: int | None) -> Claims:
+        return Claims(engine, worker=f"w{gpus}", lease_seconds=60, max_attempts=3, gpus=gpus)
+
+    @staticmethod
+    def taken(claims: Claims) -> str | None:
+        lease = claims.claim_next()
+        return lease.job_id if lease else None
+
+    def test_a_slot_leaves_what_it_is_too_small_for_to_others(self, engine: Engine) -> None:
+        large = add_job(engine, age=30, gpus=4, priority=0)
+        middle = add_job(engine, age=20, gpus=2)
+        small = add_job(engine, age=10)
+        one, two, four = (self.slot(engine, gpus) for gpus in (1, 2, 4))
+        assert [self.taken(one), self.taken(one)] == [small, None]
+        assert [self.taken(two), self.taken(two)] == [middle, None]
+        assert self.taken(four) == large
+
+    def test_another_project_is_not_held_up_by_a_job_that_fits_nowhere(
+        self, engine: Engine
+    ) -> None:
+        add_job(engine, age=30, gpus=8, project="large")
+        small = add_job(engine, project="small")
+        assert self.taken(self.slot(engine, 1)) == small
+
+    def test_one_of_several_gpus_gives_every_other_turn_to_jobs_that_need_them(
+        self, engine: Engine
+    ) -> None:
+        small = [add_job(engine, age=90 - n) for n in range(3)]
+        large = [add_job(engine, age=50 - n, gpus=2, priority=9) for n in range(2)]
+        four = self.slot(engine, 4)
+        order = [self.taken(four) for _ in range(6)]
+        assert order == [large[0], small[0], large[1], small[1], small[2], None]
+
+    def test_an_embedded_worker_takes_all_in_their_order(self, engine: Engine) -> None:
+        jobs = [add_job(engine, age=90 - n, gpus=1 + n % 3) for n in range(5)]
+        claims = self.slot(engine, None)
+        assert [self.taken(claims) for _ in jobs] == jobs
 
 
 class TestTurns:
@@ -169,9 +211,11 @@ class TestRace:
 
 
 class TestCost:
+    @pytest.mark.parametrize("gpus", [None, 4])
     def test_with_ten_thousand_waiting_jobs_a_claim_is_some_index_look_ups(
-        self, engine: Engine, claims: Claims
+        self, engine: Engine, gpus: int | None
     ) -> None:
+        claims = Claims(engine, worker="w1", lease_seconds=60, max_attempts=3, gpus=gpus)
         add_jobs(engine, 5000, status=Status.SUCCEEDED, project="a", started_at=moment(engine))
         for number in range(20):
             add_jobs(engine, 500, project=f"project-{number}")

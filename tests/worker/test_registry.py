@@ -104,14 +104,41 @@ class TestRow:
 class TestIdleSlots:
     def test_a_slot_that_holds_a_job_is_not_idle(self, engine: Engine, registry: Registry) -> None:
         add_jobs(engine, 3)
-        assert registry.idle_slots() == 2
+        assert registry.idle_slots(1) == 2
         lease = claimed(Claims(engine, worker="m-a", lease_seconds=60, max_attempts=3))
         claimed(Claims(engine, worker="elsewhere", lease_seconds=60, max_attempts=3))
-        assert registry.idle_slots() == 1
+        assert registry.idle_slots(1) == 1
         change(engine, lease.job_id, status=Status.CANCELLING)
-        assert registry.idle_slots() == 1
+        assert registry.idle_slots(1) == 1
         change(engine, lease.job_id, status=Status.CANCELLED)
-        assert registry.idle_slots() == 2
+        assert registry.idle_slots(1) == 2
+
+
+class TestSizes:
+    """Slots of different sizes are looked after apart."""
+
+    @pytest.fixture
+    def registry(self, engine: Engine) -> Registry:
+        slots = [Slot("m-a", "0+1"), Slot("m-b", "2"), Slot("m-c", "3")]
+        return Registry(engine, "machine", slots)
+
+    def test_each_size_has_its_idle_slots_and_starts(
+        self, engine: Engine, registry: Registry
+    ) -> None:
+        assert [registry.idle_slots(size) for size in (1, 2, 3)] == [2, 1, 0]
+        add_job(engine, gpus=2)
+        claimed(Claims(engine, worker="m-a", lease_seconds=60, max_attempts=3))
+        assert [registry.idle_slots(size) for size in (1, 2)] == [2, 0]
+        assert registry.newest_start(1) is None
+        assert registry.newest_start(2) is not None
+
+    def test_a_job_waits_for_those_alone_into_which_it_fits(
+        self, engine: Engine, registry: Registry
+    ) -> None:
+        for gpus in (1, 2, 4):
+            add_job(engine, age=100, gpus=gpus)
+        waiting = [registry.waiting_jobs(size, 10, for_seconds=30) for size in (1, 2, 4)]
+        assert waiting == [1, 2, 3]
 
 
 class TestWaitingJobs:
@@ -125,19 +152,19 @@ class TestWaitingJobs:
         add_job(engine, age=100, available_at=now(-50))
         add_job(engine, age=100, status=Status.RUNNING)
         add_job(engine, age=100, status=Status.FAILED)
-        assert registry.waiting_jobs(10, for_seconds=30) == 2
-        assert registry.waiting_jobs(10, for_seconds=5) == 4
-        assert registry.waiting_jobs(10, for_seconds=200) == 0
+        assert registry.waiting_jobs(1, 10, for_seconds=30) == 2
+        assert registry.waiting_jobs(1, 10, for_seconds=5) == 4
+        assert registry.waiting_jobs(1, 10, for_seconds=200) == 0
 
     def test_no_more_than_asked_for(self, engine: Engine, registry: Registry) -> None:
         add_jobs(engine, 50)
-        assert registry.waiting_jobs(2, for_seconds=30) == 2
+        assert registry.waiting_jobs(1, 2, for_seconds=30) == 2
 
     def test_a_job_that_came_back_waits_since_then(
         self, engine: Engine, registry: Registry, claims: Claims
     ) -> None:
         job_id = add_job(engine, age=1000)
         claims.release(claimed(claims), "drained")
-        assert registry.waiting_jobs(1, for_seconds=30) == 0
+        assert registry.waiting_jobs(1, 1, for_seconds=30) == 0
         change(engine, job_id, updated_at=now(-40))
-        assert registry.waiting_jobs(1, for_seconds=30) == 1
+        assert registry.waiting_jobs(1, 1, for_seconds=30) == 1

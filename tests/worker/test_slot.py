@@ -13,10 +13,10 @@ import pytest
 from sqlalchemy import Engine
 from sqlalchemy.exc import OperationalError
 
-from app.jobs.states import Status
+from app.jobs.states import Reason, Status
 from app.settings import Settings
 from tests.app.conftest import make_settings
-from tests.worker.jobs import add_job, claimed, event_types, row
+from tests.worker.jobs import add_job, claimed, event_types, make_spec, row
 from worker.claims import Claims
 from worker.slot import Bench, Slot, SlotTaken, name_of, occupied
 
@@ -130,6 +130,17 @@ class TestBench:
     ) -> None:
         assert bench.run_next()
         assert event_types(engine, jobs[0])[:3] == ["job.running", "job.requeued", "job.running"]
+
+    def test_an_embedded_one_fails_a_job_that_is_too_large_for_it(
+        self, engine: Engine, bench: Bench
+    ) -> None:
+        """Nobody else would ever come for it."""
+        spec = make_spec(resources={"gpus": 2})
+        job_id = add_job(engine, spec=spec, gpus=2)
+        assert bench.run_next()
+        job = row(engine, job_id)
+        assert (job.status, job.reason) == (Status.FAILED, Reason.CONFIG_INVALID)
+        assert job.message == "The job asks for 2 GPUs, and this service trains on 1."
 
     def test_a_claim_whose_answer_was_lost_is_found_again(
         self, engine: Engine, bench: Bench, monkeypatch: pytest.MonkeyPatch

@@ -1,81 +1,116 @@
-"""Examples as padded tensors, and the loss on them."""
+"""The rows of a forward pass as tensors."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own abbreviation
-from jaxtyping import Bool, Float, Int64
-from torch import Tensor, nn
+from jaxtyping import Int32, Int64, Shaped
+from torch import Tensor
 
 from worker.training.data.rendering import Example
-
-IGNORED = -100
+from worker.training.packing import Sequences, length
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded at their end to the longest. Padding is masked, so its id does not matter."""
+    """Sequences of one or more rows each, and what is predicted where.
 
-    input_ids: Int64[Tensor, "rows length"]
-    attention_mask: Bool[Tensor, "rows length"]
-    labels: Int64[Tensor, "rows length"]
+    Rows of one sequence do not see each other: their positions begin anew, and the first token of
+    none is predicted.
+
+    Attributes:
+        inputs: Arguments of the model: ids, positions, and where rows begin or end.
+        places: Where a target is predicted, in the flattened sequences.
+        targets: Ids that are predicted there.
+        tokens: Real tokens, without padding.
+    """
+
+    inputs: dict[str, Any]
+    places: Int64[Tensor, " targets"]
+    targets: Int64[Tensor, " targets"]
+    tokens: int
 
     @classmethod
-    def of(cls, examples: Sequence[Example], device: torch.device) -> "Batch":
-        """Pad examples to one length. Labels are ids in the loss, ``IGNORED`` elsewhere."""
-        shape = len(examples), max(len(example.ids) for example in examples)
-        ids = torch.zeros(shape, dtype=torch.int64)
-        mask = torch.zeros(shape, dtype=torch.bool)
-        labels = torch.full(shape, IGNORED, dtype=torch.int64)
-        for row, example in enumerate(examples):
-            length = len(example.ids)
-            values = torch.from_numpy(example.ids).long()
-            ids[row, :length] = values
-            mask[row, :length] = True
-            labels[row, :length] = values.where(torch.from_numpy(example.in_loss), IGNORED)
-        return cls(ids.to(device), mask.to(device), labels.to(device))
+    def of(cls, sequences: Sequences, device: torch.device, *, end_to_end: bool = False) -> "Batch":
+        """Lay rows out for one forward pass.
 
-    @property
-    def tokens(self) -> int:
-        """Real tokens, without padding."""
-        return int(self.attention_mask.sum())
-
-
-def target_logits(model: nn.Module, batch: Batch) -> tuple[Float[Tensor, "targets vocab"], Tensor]:
-    """Logits (float32) at the places that predict a token in the loss, and those tokens' ids."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    targets = batch.labels[:, 1:]
-    is_target = targets != IGNORED
-    return logits[:, :-1][is_target].float(), targets[is_target]
-
-
-def summed_loss(model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
-    """Cross-entropy summed over the batch's target tokens, in float32."""
-    logits, targets = target_logits(model, batch)
-    return F.cross_entropy(logits, targets, reduction="sum")
+        Args:
+            sequences: Rows that share a sequence stand together.
+            device: Where the tensors go.
+            end_to_end: All rows in one sequence without padding, for attention that is told where
+                rows begin. Else sequences are padded at their end to the longest.
+        """
+        if end_to_end:
+            layout = _Layout([[row for sequence in sequences for row in sequence]])
+            named = layout.starts_of_rows()
+        else:
+            layout = _Layout(sequences)
+            is_packed = any(len(sequence) > 1 for sequence in sequences)
+            named = {} if is_packed else {"attention_mask": layout.is_real}
+        inputs: dict[str, Any] = {
+            "input_ids": layout.ids,
+            "position_ids": layout.positions,
+            **named,
+        }
+        where = np.flatnonzero(layout.is_target)
+        return cls(
+            inputs={name: _on(device, value) for name, value in inputs.items()},
+            places=_on(device, where - 1),
+            targets=_on(device, layout.ids.reshape(-1)[where]),
+            tokens=int(layout.is_real.sum()),
+        )
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, examples: Sequence[Example], size: int, device: torch.device
-) -> dict[str, float]:
-    """Mean loss and accuracy over the target tokens, in memory that does not grow with the rows.
+def _on(device: torch.device, value: Any) -> Any:
+    if not isinstance(value, np.ndarray):
+        return value
+    tensor = torch.from_numpy(value)
+    if device.type == "cuda":  # the host goes on while it is copied
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
-    Args:
-        model: Put into evaluation mode for this, and back into its mode afterwards.
-        examples: Rows that are not trained on.
-        size: Rows per forward pass.
-        device: Where the model is.
-    """
-    was_training = model.training
-    model.eval()
-    loss, correct, count = 0.0, 0, 0
-    for start in range(0, len(examples), size):
-        batch = Batch.of(examples[start : start + size], device)
-        logits, targets = target_logits(model, batch)
-        loss += F.cross_entropy(logits, targets, reduction="none").double().sum().item()
-        correct += int((logits.argmax(dim=-1) == targets).sum())
-        count += len(targets)
-    model.train(was_training)
-    return {"loss": loss / count, "accuracy": correct / count}
+
+class _Layout:
+    """Sequences as arrays, each padded at its end."""
+
+    def __init__(self, sequences: Sequences) -> None:
+        self._sequences = sequences
+        shape = len(sequences), max(map(length, sequences))
+        self.ids = np.zeros(shape, dtype=np.int64)
+        self.positions = np.zeros(shape, dtype=np.int64)
+        self.is_real = np.zeros(shape, dtype=bool)
+        self.is_target = np.zeros(shape, dtype=bool)
+        for index, rows in enumerate(sequences):
+            end = self._write(index, rows)
+            # padding is a row of its own: nothing real attends to it
+            self.positions[index, end:] = np.arange(shape[1] - end)
+
+    def _write(self, index: int, rows: Sequence[Example]) -> int:
+        start = 0
+        for row in rows:
+            end = start + len(row.ids)
+            self.ids[index, start:end] = row.ids
+            self.positions[index, start:end] = np.arange(len(row.ids))
+            self.is_real[index, start:end] = True
+            self.is_target[index, start + 1 : end] = row.in_loss[1:]
+            start = end
+        return start
+
+    @cached_property
+    def _lengths(self) -> Int32[np.ndarray, " rows"]:
+        (rows,) = self._sequences
+        return np.array([len(row.ids) for row in rows], dtype=np.int32)
+
+    def starts_of_rows(self) -> dict[str, Shaped[np.ndarray, " rows+1"] | int]:
+        """Under the names that transformers hands on to attention."""
+        starts = np.append(np.int32(0), np.cumsum(self._lengths, dtype=np.int32))
+        longest = int(self._lengths.max())
+        return {
+            "cu_seq_lens_q": starts,
+            "cu_seq_lens_k": starts,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }

@@ -3,18 +3,19 @@
     checkpoints/ckpt-000000020/
         adapter.safetensors      the adapter's weights, float32
         optimizer.safetensors    AdamW's moments
-        random.safetensors       torch's generators (dropout draws from them)
-        state.json               step, counters, evaluations; what the checkpoint belongs to
+        best.safetensors         weights of the best evaluation so far, if that is to be kept
+        state.json               step, counters, evaluations, plan; what the checkpoint belongs to
         manifest.json            SHA-256 of each file above
 
 Each file is written and synced in a temporary folder, the manifest last; then the folder is renamed
 and its parent synced. A reader takes the newest folder whose files have the hashes of its manifest.
-Nothing is pickled: safetensors and JSON only.
+Nothing is pickled: safetensors and JSON only. No generator's state is kept: what a step draws is a
+function of its number.
 """
 
 import json
 import shutil
-from dataclasses import asdict, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,41 @@ from torch import Tensor
 
 from app.failpoints import Point, failpoint
 from worker.training.files import sha256_of, sync
+from worker.training.plan import Plan
 from worker.training.reporter import Reporter
 from worker.training.state import Run, State
 
 KEPT = 2
 MANIFEST = "manifest.json"
+ADAPTER, OPTIMIZER, BEST, STATE = (
+    "adapter.safetensors", "optimizer.safetensors", "best.safetensors", "state.json"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that is whole and belongs to this run.
+
+    Attributes:
+        folder: Where its files are.
+        step: Optimizer steps done.
+        plan: How they were computed; those after it must be too.
+    """
+
+    folder: Path
+    step: int
+    plan: Plan
+
+    def load(self, run: Run) -> State:
+        """Put adapter and moments into the run, and return the state that belongs to them."""
+        _load_weights(load_file(self.folder / ADAPTER), load_file(self.folder / OPTIMIZER), run)
+        values: dict[str, Any] = json.loads((self.folder / STATE).read_text())
+        best = self.folder / BEST
+        kept = {field.name for field in fields(State)} & values.keys()
+        return State(
+            **{name: values[name] for name in kept},
+            best_adapter=load_file(best) if best.exists() else {},
+        )
 
 
 class Checkpoints:
@@ -46,16 +77,28 @@ class Checkpoints:
         self._reporter = reporter
 
     def save(self, run: Run, state: State) -> None:
-        """Write a checkpoint of the current state, then forget all but the newest two."""
+        """Write a checkpoint of the current state, then forget all but the newest two.
+
+        All ranks have the same state, and the first writes it.
+        """
+        if run.ranks.is_first:
+            self._write(run, state)
+        run.ranks.wait()
+
+    def _write(self, run: Run, state: State) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         final = self._folder / f"ckpt-{state.step:09d}"
         partial = self._folder / f"{final.name}.tmp"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        save_file(_adapter(run), partial / "adapter.safetensors")
-        save_file(_moments(run), partial / "optimizer.safetensors")
-        save_file(_generators(run.device), partial / "random.safetensors")
-        _write_json(partial / "state.json", {"identity": self._identity, **asdict(state)})
+        save_file(_adapter(run), partial / ADAPTER)
+        save_file(_moments(run), partial / OPTIMIZER)
+        if state.best_adapter:
+            save_file(state.best_adapter, partial / BEST)
+        values = {field.name: getattr(state, field.name) for field in fields(State)}
+        del values["best_adapter"]
+        described = {"identity": self._identity, "plan": run.plan.to_json(), **values}
+        _write_json(partial / STATE, described)
         hashes = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
         _write_json(partial / MANIFEST, hashes)
         for path in (*partial.iterdir(), partial):
@@ -71,8 +114,8 @@ class Checkpoints:
             "job.checkpoint", f"Checkpoint after step {state.step}.", step=state.step
         )
 
-    def restore(self, run: Run) -> State | None:
-        """Put the newest whole checkpoint into the run, and return the state that belongs to it."""
+    def newest(self) -> Checkpoint | None:
+        """The newest whole checkpoint of this run; those that are damaged are told of."""
         for folder in self._complete():
             if problem := self._problem_of(folder):
                 self._reporter.event(
@@ -81,12 +124,17 @@ class Checkpoints:
                     checkpoint=folder.name,
                 )
                 continue
-            state = _load(folder, run)
-            self._reporter.event(
-                "job.resumed", f"Resumed after step {state.step}.", step=state.step
-            )
-            return state
+            values = json.loads((folder / STATE).read_text())
+            return Checkpoint(folder, values["step"], Plan(**values["plan"]))
         return None
+
+    def restore(self, run: Run) -> State | None:
+        """Put the newest whole checkpoint into the run, and return the state that belongs to it."""
+        if (checkpoint := self.newest()) is None:
+            return None
+        state = checkpoint.load(run)
+        self._reporter.event("job.resumed", f"Resumed after step {state.step}.", step=state.step)
+        return state
 
     def _complete(self) -> list[Path]:
         """Folders under their final names, newest first."""
@@ -103,61 +151,43 @@ class Checkpoints:
             for name, expected in hashes.items():
                 if sha256_of(folder / name) != expected:
                     return f"{name} is damaged"
-            identity = json.loads((folder / "state.json").read_text())["identity"]
-        except (OSError, ValueError, KeyError) as error:
+            values = json.loads((folder / STATE).read_text())
+            identity = values["identity"]
+            Plan(**values["plan"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
             return f"it cannot be read ({type(error).__name__})"
         return None if identity == self._identity else "it belongs to other settings or inputs"
 
 
 def _adapter(run: Run) -> dict[str, Tensor]:
-    return {
-        name: parameter.detach().contiguous()
-        for name, parameter in run.model.named_parameters()
-        if parameter.requires_grad
-    }
+    return {name: weight.detach().contiguous() for name, weight in run.adapter.items()}
 
 
 def _moments(run: Run) -> dict[str, Tensor]:
     """AdamW's state by parameter name; empty until a step was good."""
     found = {}
-    for name, parameter in run.model.named_parameters():
+    for name, parameter in run.adapter.items():
         for key, value in run.optimizer.state.get(parameter, {}).items():
             found[f"{name}/{key}"] = value.detach().contiguous()
     return found
 
 
-def _generators(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _load(folder: Path, run: Run) -> State:
-    weights = load_file(folder / "adapter.safetensors")
-    moments = load_file(folder / "optimizer.safetensors")
-    with torch.no_grad():
-        for name, parameter in run.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            parameter.copy_(weights[name])
-            state = {
-                key.rpartition("/")[2]: value
-                for key, value in moments.items()
-                if key.startswith(f"{name}/")
+@torch.no_grad()
+def _load_weights(weights: dict[str, Tensor], moments: dict[str, Tensor], run: Run) -> None:
+    run.optimizer.state.clear()
+    for name, parameter in run.adapter.items():
+        parameter.copy_(weights[name])
+        state = {
+            key.rpartition("/")[2]: value
+            for key, value in moments.items()
+            if key.startswith(f"{name}/")
+        }
+        if state:
+            run.optimizer.state[parameter] = {
+                # AdamW keeps its step counter on the CPU unless it is fused
+                key: value if key == "step" and not _is_fused(run) else value.to(run.device)
+                for key, value in state.items()
             }
-            if state:
-                run.optimizer.state[parameter] = {
-                    # AdamW keeps its step counter on the CPU unless it is fused
-                    key: value if key == "step" and not _is_fused(run) else value.to(run.device)
-                    for key, value in state.items()
-                }
-    generators = load_file(folder / "random.safetensors")
-    torch.set_rng_state(generators["cpu"])
-    if run.device.type == "cuda":
-        torch.cuda.set_rng_state(generators["cuda"], run.device)
-    values: dict[str, Any] = json.loads((folder / "state.json").read_text())
-    return State(**{field.name: values[field.name] for field in fields(State)})
 
 
 def _is_fused(run: Run) -> bool:

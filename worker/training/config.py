@@ -9,6 +9,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+Quantization = Literal["4bit", "8bit"]
+
 
 @dataclass(frozen=True)
 class BaseModel:
@@ -62,7 +64,7 @@ class Lora:
 class Data:
     """How rows are read and rendered."""
 
-    format: Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion"] = "auto"
+    format: Literal["auto", "chat", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
     mapping: Mapping[str, str] | None = None
     max_bad_rows: int = 0
     max_length: int = 1024
@@ -71,13 +73,30 @@ class Data:
 
 @dataclass(frozen=True)
 class Training:
-    """How long and how fast."""
+    """How long, how, and how fast.
+
+    Attributes:
+        batch_size: Rows per optimizer step, on all ranks together.
+        batch_tokens: Tokens per optimizer step instead: as many rows as fit, one at least.
+        micro_batch_size: Sequences per forward pass: rows, or packed rows of ``max_length`` tokens
+            at most. None: as many as memory allows.
+        packing: Whether rows share sequences. None: where attention can keep them apart for free.
+        activation_checkpointing: Whether activations are computed again in the backward pass. None:
+            where memory asks for it.
+        quantization: How the frozen base is stored.
+        loraplus_lr_ratio: Learning rate of B over that of A (LoRA+, arXiv 2402.12354).
+    """
 
     epochs: float | None = 3.0
     max_steps: int | None = None
     batch_size: int = 16
-    micro_batch_size: int = 8
+    batch_tokens: int | None = None
+    micro_batch_size: int | None = None
+    packing: bool | None = None
+    activation_checkpointing: bool | None = None
+    quantization: Quantization | None = None
     learning_rate: float = 2e-4
+    loraplus_lr_ratio: float = 1.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
@@ -90,11 +109,34 @@ class Training:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Which rows are held out, and how often they are looked at."""
+    """Which rows are held out, how often they are looked at, and what is made of it.
+
+    Attributes:
+        patience: Evaluations without a lower loss after which the run ends. None: it never does.
+        min_delta: By how much a loss must be lower to count.
+        keep: Which adapter is the finished one: of the last step, or of the lowest held-out loss.
+    """
 
     split: float = 0.05
     max_rows: int = 500
     every_steps: int | None = None
+    patience: int | None = None
+    min_delta: float = 0.0
+    keep: Literal["last", "best"] = "last"
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the job runs on.
+
+    Attributes:
+        gpus: Processes that train together, each on a GPU of its own.
+        strategy: Whether each holds the whole base (``"ddp"``) or a part of it (``"fsdp"``).
+            ``"auto"``: a part where the whole does not fit.
+    """
+
+    gpus: int = 1
+    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
 
 
 @dataclass(frozen=True)
@@ -116,6 +158,7 @@ class TrainingJob:
     data: Data
     training: Training
     evaluation: Evaluation
+    resources: Resources = Resources()
     dry_run: bool = False
     clock: datetime | None = None
 
@@ -141,12 +184,13 @@ class TrainingJob:
             data=_pick(Data, spec["data"]),
             training=_pick(Training, spec["training"]),
             evaluation=_pick(Evaluation, spec["evaluation"]),
+            resources=_pick(Resources, spec.get("resources", {})),
             dry_run=spec["dry_run"],
             clock=clock,
         )
 
 
-Group = TypeVar("Group", Lora, Data, Training, Evaluation)
+Group = TypeVar("Group", Lora, Data, Training, Evaluation, Resources)
 
 
 def _pick(group: type[Group], values: Mapping[str, Any]) -> Group:

@@ -1,50 +1,57 @@
 """The training loop, whole: one optimizer step of Flat-LoRA is what ``train`` shows.
 
 Everything that a step depends on is a function of the step's number and of ``State``: the rows, the
-learning rate, the strength and the bits of the noise. That is why a run that was killed goes on
-from a checkpoint as if nothing had happened.
+learning rate, the strength and the bits of the noise, what dropout draws. That is why a run that
+was killed goes on from a checkpoint as if nothing had happened.
 """
 
+import hashlib
 import math
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from flatlora import sigma_at
-from worker.training.batches import Batch, evaluate, summed_loss
+from worker.training.batches import Batch
 from worker.training.checkpoints import Checkpoints
-from worker.training.config import Training
 from worker.training.data.rendering import Example
 from worker.training.errors import LossDiverged, Stopped
-from worker.training.order import RowOrder, micro_batches
-from worker.training.reporter import Control, Reporter
-from worker.training.state import Run, State
+from worker.training.evaluation import best_of, evaluate, is_exhausted, is_finite
+from worker.training.model.head import summed_loss
+from worker.training.optimizer import learning_rate_at, set_learning_rate
+from worker.training.order import RowOrder
+from worker.training.packing import micro_batches
+from worker.training.reporter import Control, Reporter, Wish
+from worker.training.state import Run, State, copy_of_adapter
 
-LOSSES_KEPT = 50  # points of the curve that goes into the model card
+LOSSES_KEPT = 200  # points of the curve that goes into the model card
 
 
 def train(
     run: Run, state: State, checkpoints: Checkpoints, reporter: Reporter, control: Control
 ) -> None:
-    """Train from where ``state`` stands to the last step.
+    """Train from where ``state`` stands to the last step, or until it gets no better.
 
     Raises:
         Stopped: At a step boundary, if ``control`` wishes so.
         LossDiverged: After ``max_bad_losses`` steps in a row without a finite loss, or if the loss
             on the held-out rows is not finite.
+        torch.OutOfMemoryError: If a step does not fit; ``state`` is not that of any step then.
     """
-    settings, order = run.job.training, RowOrder(len(run.train), run.job.training, run.job.seed)
-    evaluate_every = run.job.evaluation.every_steps or max(20, math.ceil(run.total_steps / 4))
+    job, settings = run.job, run.job.training
+    order = RowOrder([len(row.ids) for row in run.train], settings, job.seed)
+    evaluate_every = job.evaluation.every_steps or max(20, math.ceil(run.total_steps / 4))
     checkpoint_every = settings.checkpoint_steps or max(10, math.ceil(run.total_steps / 10))
+    adapter = list(run.adapter.values())
     if not state.held_out:
         _evaluate(run, state, reporter)
     pace = Pace()
     run.model.train()
-    while state.step < run.total_steps:
-        if wish := control.wish():
+    while state.step < run.total_steps and not is_exhausted(state.held_out, job.evaluation):
+        if wish := _agreed_wish(run, control):
             if wish == "drain":
                 checkpoints.save(run, state)
             raise Stopped(wish)
@@ -52,17 +59,21 @@ def train(
         started = time.monotonic()
         rows = [run.train[row] for row in order.rows_of(state.step)]
         learning_rate = learning_rate_at(state.step, run.total_steps, settings)
-        loss, tokens = _forward_backward(run, state.step, rows)
-        grad_norm = nn.utils.clip_grad_norm_(run.parameters, settings.max_grad_norm).item()
+        seed_step(job.seed, state.step, run.ranks.rank)
+        share = _forward_backward(run, state.step, rows)
+        run.ranks.sum_gradients(adapter)
+        norm = nn.utils.clip_grad_norm_(adapter, settings.max_grad_norm)
+        loss, grad_norm = torch.stack((share, norm.detach())).tolist()  # the host waits here alone
+        (loss,) = run.ranks.sum(loss)
         is_good = math.isfinite(loss) and math.isfinite(grad_norm)
         state.bad_losses = 0 if is_good else state.bad_losses + 1
         if is_good:
-            for group in run.optimizer.param_groups:
-                group["lr"] = learning_rate
+            set_learning_rate(run.optimizer, learning_rate)
             run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
 
-        sigma = sigma_at(state.step, run.total_steps, run.job.sigma)
+        sigma = sigma_at(state.step, run.total_steps, job.sigma)
+        tokens = sum(len(row.ids) for row in rows)
         state.step += 1
         state.tokens += tokens
         is_kept = state.step % math.ceil(run.total_steps / LOSSES_KEPT) == 0
@@ -89,6 +100,37 @@ def train(
             checkpoints.save(run, state)
 
 
+def _forward_backward(run: Run, step: int, rows: Sequence[Example]) -> Tensor:
+    """Gradients of the mean loss over all target tokens of the step; this rank's part of the loss.
+
+    The noise is on for exactly this: every forward and backward pass of the step.
+    """
+    targets = sum(row.targets for row in rows)
+    loss = torch.zeros((), device=run.device)
+    with run.flat.perturbed(step):
+        for sequences, is_counted in run.ranks.share(micro_batches(rows, run.plan)):
+            batch = Batch.of(sequences, run.device, end_to_end=run.plan.varlen)
+            share = summed_loss(run.base, batch) * (is_counted / targets)
+            share.backward()  # type: ignore[no-untyped-call]
+            loss += share.detach()
+    return loss
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Begin torch's random numbers of a step, which dropout draws from, anew.
+
+    No checkpoint has to keep a generator's state, and a step that is done again draws the same.
+    """
+    digest = hashlib.sha256(f"dropout {seed} {step} {rank}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _agreed_wish(run: Run, control: Control) -> Wish | None:
+    """What somebody wants of the first rank: all ranks stop at the same step."""
+    wishes: list[Wish | None] = [None, "drain", "cancel"]
+    return wishes[run.ranks.first_says(wishes.index(control.wish()))]
+
+
 def _check_losses(run: Run, state: State) -> None:
     if state.bad_losses >= run.job.training.max_bad_losses:
         raise LossDiverged(
@@ -98,53 +140,22 @@ def _check_losses(run: Run, state: State) -> None:
         )
 
 
-def _forward_backward(run: Run, step: int, rows: Sequence[Example]) -> tuple[float, int]:
-    """Gradients of the mean loss over all target tokens of the step; the loss, and real tokens.
-
-    The noise is on for exactly this: every forward and backward pass of the step.
-    """
-    targets = sum(example.targets for example in rows)
-    loss, tokens = 0.0, 0
-    with run.flat.perturbed(step):
-        for group in micro_batches(rows, run.job.training.micro_batch_size):
-            batch = Batch.of(group, run.device)
-            share = summed_loss(run.model, batch) / targets
-            share.backward()  # type: ignore[no-untyped-call]
-            loss += share.item()
-            tokens += batch.tokens
-    return loss, tokens
-
-
 def _evaluate(run: Run, state: State, reporter: Reporter) -> None:
     reporter.phase("evaluating")
-    found = evaluate(run.model, run.held_out, run.job.training.micro_batch_size, run.device)
-    if not math.isfinite(found["loss"]):
+    found = evaluate(run.base, run.held_out, run.plan, run.device, run.ranks)
+    if not is_finite(found):
         raise LossDiverged(
             f"The loss on the held-out rows is not finite after step {state.step}.",
             "Lower training.learning_rate or sigma. After step 0 it is the base model's own loss: "
             "try training.precision fp32.",
         )
-    state.held_out.append({"step": state.step, **found})
+    latest = {"step": state.step, **found}
+    state.held_out.append(latest)
+    settings = run.job.evaluation
+    if settings.keep == "best" and best_of(state.held_out, settings.min_delta) is latest:
+        state.best_adapter = copy_of_adapter(run)
     reporter.held_out(state.step, found)
     reporter.phase("training")
-
-
-def learning_rate_at(step: int, total: int, settings: Training) -> float:
-    """Learning rate of optimizer step ``step``, counted from 0: a linear rise, then the schedule.
-
-    The first step has a rate above 0, and the last one too, so that no step is without effect.
-    """
-    warmup = math.ceil(settings.warmup_ratio * total)
-    if step < warmup:
-        return settings.learning_rate * (step + 1) / (warmup + 1)
-    done = (step - warmup) / max(1, total - warmup)
-    match settings.schedule:
-        case "cosine":
-            return settings.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-        case "linear":
-            return settings.learning_rate * (1 - done)
-        case "constant":
-            return settings.learning_rate
 
 
 class Pace:

@@ -2,36 +2,33 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from torch import Tensor
 
-from flatlora import FlatLora, FlatLoraConfig, UnsupportedLayer
-from worker.training.checkpoints import Checkpoints
+from worker.training.build import build, look_ahead
+from worker.training.checkpoints import Checkpoint, Checkpoints
 from worker.training.config import TrainingJob
 from worker.training.data.dataset import Prepared, fingerprint, prepare
 from worker.training.data.rendering import Renderer
-from worker.training.errors import ConfigInvalid, OutOfGpuMemory
+from worker.training.evaluation import best_of
+from worker.training.fit import fit, give_way, out_of_memory
 from worker.training.loop import train
-from worker.training.model.base import (
-    attach_adapter,
-    choose_device,
-    choose_dtype,
-    hash_folder,
-    load_base,
-    load_tokenizer,
-    max_positions,
-)
-from worker.training.order import steps_per_epoch
+from worker.training.model.base import hash_folder, load_tokenizer, max_positions, set_mode
+from worker.training.order import RowOrder
+from worker.training.place import Place
+from worker.training.plan import Plan, read_plan, write_plan
+from worker.training.ranks import Ranks
 from worker.training.reporter import Control, Reporter
 from worker.training.result.adapter import save_adapter
 from worker.training.result.verify import write_probe
-from worker.training.state import Run, State
+from worker.training.state import Run, State, copy_of_adapter
 
 
 def run(job: TrainingJob, folder: Path, reporter: Reporter, control: Control) -> dict[str, Any]:
@@ -51,52 +48,93 @@ def run(job: TrainingJob, folder: Path, reporter: Reporter, control: Control) ->
         Stopped: If ``control`` wished so.
     """
     reporter.phase("validating")
+    folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(job.base_model)
     renderer = Renderer(tokenizer, job.data.loss_on, today=job.clock)
-    prepared = prepare(job, renderer, max_positions(job.base_model))
-    reporter.preflight(prepared.report)
+    prepared = prepare(job, renderer, max_positions(job.base_model), folder=folder)
+    place = Place.of(job)
+    proposed, outlook = look_ahead(job, prepared, place)
+    reporter.preflight(prepared.report | outlook)
     if job.dry_run:
         return {"dry_run": True}
     reporter.phase("loading")
-    inputs = describe_inputs(job, prepared)
+    inputs = describe_inputs(job, prepared, place.ranks)
     identity = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     checkpoints = Checkpoints(folder / "checkpoints", identity, reporter)
-    with _deterministic(), _explained_memory(job):
-        this_run, model = _build(job, prepared)
-        state = checkpoints.restore(this_run) or State()
+    with _deterministic():
+        checkpoint = checkpoints.newest()
+        known = place.ranks.first_tells(_known_plan(folder, identity, checkpoint))
+        plan = Plan.from_json(known) if known else proposed
+        this_run = build(job, prepared, place, plan, is_settled=bool(known))
+        if not (known or place.divided):
+            this_run = fit(this_run, reporter)
+        if place.ranks.is_first:
+            write_plan(folder, identity, this_run.plan)
+        state = _go_on(this_run, checkpoint, reporter)
         reporter.phase("training")
-        train(this_run, state, checkpoints, reporter, control)
-        result = _result(this_run, model, state)
-        save_adapter(folder / "adapter", model, tokenizer, job, inputs, result, state)
-        model.eval()
-        write_probe(folder, model, prepared.held_out)
+        this_run, state = _train(this_run, state, checkpoints, reporter, control)
+        put_adapter(this_run, state.best_adapter)
+        result = _result(this_run, state, place)
+        if place.ranks.is_first:
+            report = prepared.report
+            model = this_run.model
+            save_adapter(folder / "adapter", model, tokenizer, job, inputs, result, state, report)
+        set_mode(this_run.model, training=False)
+        write_probe(folder, this_run.model, prepared.held_out, ranks=place.ranks)
     return result
 
 
-def _build(job: TrainingJob, prepared: Prepared) -> tuple[Run, PeftModel]:
-    device = choose_device()
-    model = attach_adapter(
-        load_base(job.base_model, device, choose_dtype(job.training, device)), job
-    )
-    total_steps = prepared.report["steps"]
-    config = FlatLoraConfig(sigma=job.sigma, seed=job.seed, memory=job.training.perturbation_memory)
-    try:
-        flat = FlatLora(model, config, total_steps)
-    except UnsupportedLayer as error:
-        raise ConfigInvalid(str(error), "Choose other lora.target_modules.") from error
-    adapter = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        adapter,
-        lr=job.training.learning_rate,
-        weight_decay=job.training.weight_decay,
-        fused=device.type == "cuda",
-    )
-    train_rows, held_out = prepared.train, prepared.held_out
-    return Run(job, model, flat, optimizer, train_rows, held_out, total_steps, device), model
+def _known_plan(folder: Path, identity: str, checkpoint: Checkpoint | None) -> str:
+    """The plan of the newest checkpoint, or of an attempt that has left none; or nothing."""
+    plan = checkpoint.plan if checkpoint else read_plan(folder, identity)
+    return json.dumps(plan.to_json()) if plan else ""
 
 
-def describe_inputs(job: TrainingJob, prepared: Prepared) -> dict[str, Any]:
+def _go_on(this_run: Run, checkpoint: Checkpoint | None, reporter: Reporter) -> State:
+    if checkpoint is None:
+        return State()
+    state = checkpoint.load(this_run)
+    reporter.event("job.resumed", f"Resumed after step {state.step}.", step=state.step)
+    return state
+
+
+def _train(
+    this_run: Run, state: State, checkpoints: Checkpoints, reporter: Reporter, control: Control
+) -> tuple[Run, State]:
+    """Train to the end. Where memory runs out, go on from the newest checkpoint by a lighter plan.
+
+    An attempt that is killed after that meets the same at the same step, so it makes the same bits.
+    """
+    beginning = copy_of_adapter(this_run)
+    while True:
+        try:
+            train(this_run, state, checkpoints, reporter, control)
+        except torch.OutOfMemoryError as error:
+            if this_run.ranks.size > 1:  # the others wait in another place
+                raise out_of_memory(this_run) from error
+            why = str(error)
+        else:
+            return this_run, state
+        this_run = give_way(this_run, reporter, why)
+        if (checkpoint := checkpoints.newest()) is None:
+            put_adapter(this_run, beginning)
+            this_run.optimizer.state.clear()
+        state = _go_on(this_run, checkpoint, reporter)
+
+
+def put_adapter(this_run: Run, weights: Mapping[str, Tensor]) -> None:
+    """Give the adapter other weights."""
+    with torch.no_grad():
+        for name, weight in weights.items():
+            this_run.adapter[name].copy_(weight)
+
+
+def describe_inputs(
+    job: TrainingJob, prepared: Prepared, ranks: Ranks | None = None
+) -> dict[str, Any]:
     """All that determines the adapter, by content: settings, and hashes of what went in."""
+    is_first = ranks is None or ranks.is_first  # the others need not read the base once more
+    files = json.dumps(hash_folder(job.base_model.path) if is_first else {})
     settings = asdict(job)
     for group in ("job_id", "base_model", "dataset", "validation", "dry_run", "clock"):
         del settings[group]
@@ -104,7 +142,7 @@ def describe_inputs(job: TrainingJob, prepared: Prepared) -> dict[str, Any]:
         "base_model": {
             "name": job.base_model.name,
             "revision": job.base_model.revision,
-            "files": hash_folder(job.base_model.path),
+            "files": json.loads(ranks.first_tells(files) if ranks else files),
         },
         "dataset": {"uri": job.dataset.uri, "sha256": job.dataset.sha256},
         "validation": job.validation
@@ -114,48 +152,50 @@ def describe_inputs(job: TrainingJob, prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _result(this_run: Run, model: PeftModel, state: State) -> dict[str, Any]:
+def _result(this_run: Run, state: State, place: Place) -> dict[str, Any]:
     job, first, last = this_run.job, state.held_out[0], state.held_out[-1]
-    dtype = str(choose_dtype(job.training, this_run.device)).removeprefix("torch.")
-    trainable = sum(parameter.numel() for parameter in this_run.parameters)
+    best = best_of(state.held_out, job.evaluation.min_delta)
+    kept = best if job.evaluation.keep == "best" and best else last
+    trainable = sum(weight.numel() for weight in this_run.adapter.values())
+    order = RowOrder([len(row.ids) for row in this_run.train], job.training, job.seed)
     return {
         "held_out": {
             "rows": len(this_run.held_out),
             "tokens": sum(example.targets for example in this_run.held_out),
-            "dtype": dtype,
+            "dtype": place.precision,
             "before": {name: first[name] for name in ("loss", "accuracy")},
-            "after": {name: last[name] for name in ("loss", "accuracy")},
+            "after": {name: kept[name] for name in ("loss", "accuracy")},
         },
         "steps": state.step,
-        "epochs": round(state.step / steps_per_epoch(job.training, len(this_run.train)), 4),
+        "stopped_early": state.step < this_run.total_steps,
+        "kept": job.evaluation.keep,
+        "kept_step": int(kept["step"]),
+        "epochs": round(order.epochs(state.step), 4),
         "train_tokens": state.tokens,
         "sigma": job.sigma,
         "perturbed_layers": len(this_run.flat.targets),
         "trainable_parameters": trainable,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()) - trainable,
-        "precision": dtype,
+        "parameters": sum(p.numel() for p in this_run.model.parameters()) - trainable,
+        "precision": place.precision,
+        "gpus": place.ranks.size,
+        "strategy": "fsdp" if place.divided else "ddp",
+        "plan": this_run.plan.to_json(),
     }
 
 
 @contextmanager
 def _deterministic() -> Iterator[None]:
     """Kernels that give the same bits each time, or an error where there is none."""
+    # cuBLAS reads it when it is first used; the service's trainer has it from its start
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    options: Any = torch.utils.deterministic
     before = torch.are_deterministic_algorithms_enabled()
+    filled = options.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
+    # finds who reads memory that nobody has written, and takes time: our tests look for that
+    options.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
-
-
-@contextmanager
-def _explained_memory(job: TrainingJob) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        raise OutOfGpuMemory(
-            f"The GPU's memory did not suffice: {peak:.1f} GiB were in use.",
-            f"Lower training.micro_batch_size (now {job.training.micro_batch_size}) or "
-            "data.max_length; perturbation_memory: streamed saves a copy of the weights.",
-        ) from error
+        options.fill_uninitialized_memory = filled

@@ -3,23 +3,20 @@
 import random
 import secrets
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from tests.worker.training.conftest import MARKED, Recorder, folder_bytes, make_tokenizer
-from worker.inputs import write_job
+from tests.worker.training.killing import describe, kill_at_random
 from worker.training.config import TrainingJob
 from worker.training.errors import Stopped
 from worker.training.run import run
 
 Make = Callable[..., TrainingJob]
-ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -71,32 +68,9 @@ class TestKilled:
         self, job: TrainingJob, unbroken: dict[str, bytes], tmp_path: Path
     ) -> None:
         folder = tmp_path / "killed"
-        folder.mkdir()
-        settings = asdict(job)
-        spec = {
-            "rank": job.lora.rank, "sigma": job.sigma, "seed": job.seed, "dry_run": False,
-            **{name: settings[name] for name in ("lora", "data", "training", "evaluation")},
-        }  # fmt: skip
-        write_job(folder, job.job_id, spec, job.base_model, job.dataset, None)
+        describe(job, folder)
         seed = secrets.randbelow(10**6)
-        chance = random.Random(seed)
-        for _ in range(4):
-            process = subprocess.Popen(
-                [sys.executable, "-m", "tests.worker.training.killed_run", str(folder), "0.02"],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                cwd=ROOT,
-                text=True,
-            )
-            assert process.stdout
-            for _ in range(chance.randrange(1, 4)):
-                process.stdout.readline()
-            try:
-                process.wait(chance.random() * 0.1)
-            except subprocess.TimeoutExpired:
-                process.kill()
-            process.wait()
-            process.stdout.close()
+        kill_at_random(folder, random.Random(seed), times=4)
         finish(job, folder)
         assert folder_bytes(folder / "adapter") == unbroken, f"seed {seed}"
 
@@ -110,7 +84,7 @@ def damage(path: Path) -> None:
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "one bit": lambda folder: damage(folder / "adapter.safetensors"),
     "an empty file": lambda folder: (folder / "optimizer.safetensors").write_bytes(b""),
-    "a missing file": lambda folder: (folder / "random.safetensors").unlink(),
+    "a missing file": lambda folder: (folder / "state.json").unlink(),
     "a missing manifest": lambda folder: (folder / "manifest.json").unlink(),
     "a torn manifest": lambda folder: (folder / "manifest.json").write_text('{"adap'),
 }

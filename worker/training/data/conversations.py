@@ -1,23 +1,36 @@
-"""From a row in one of four shapes to a conversation.
+"""From a row in one of five shapes to a conversation.
 
 chat               {"messages": [{"role", "content"}, …], "tools"?: […]}
 sharegpt           {"conversations": [{"from", "value"}, …], "system"?, "tools"?}
 alpaca             {"instruction", "input"?, "output", "system"?}
 prompt_completion  {"prompt", "completion"}: two strings, or two lists of messages
+text               {"text"}: no conversation; only where it is asked for
+
+A message is OpenAI's: an assistant's may hold ``tool_calls``, ``reasoning_content``, and
+``weight`` 0 if it is context that is not learnt. The role ``developer`` is read as ``system``.
 """
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from worker.training.data.words import describe, shown
+from worker.training.data.messages import (
+    Found,
+    Message,
+    RowProblem,
+    as_list,
+    as_objects,
+    as_text,
+    as_tool_calls,
+    as_tools,
+    parsed,
+    read_messages,
+)
+from worker.training.data.words import shown
 
-RowFormat = Literal["chat", "sharegpt", "alpaca", "prompt_completion"]
-Message = dict[str, Any]
+RowFormat = Literal["chat", "sharegpt", "alpaca", "prompt_completion", "text"]
 
-ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -26,40 +39,24 @@ SHAREGPT_ROLES = {
     "system": "system",
     "tool": "tool",
     "observation": "tool",
+    "function_call": "assistant",
 }
-MESSAGE_FIELDS = {"role", "content", "name", "tool_calls", "tool_call_id"}
-
-MAX_DEPTH = 64
-
-# What no tokenizer or database keeps: NUL, surrogates, and noncharacters, of which rendering uses
-# one for itself.
-NO_TEXT = re.compile("[\0\ud800-\udfff\ufdd0-\ufdef]")
-
 # What tells a format, most telling first, and what each may hold besides.
 SIGNS: dict[RowFormat, tuple[str, ...]] = {
     "chat": ("messages",),
     "sharegpt": ("conversations",),
     "prompt_completion": ("prompt", "completion"),
     "alpaca": ("instruction", "output"),
+    "text": ("text",),
 }
+RECOGNISED: tuple[RowFormat, ...] = ("chat", "sharegpt", "prompt_completion", "alpaca")
 OPTIONAL: dict[RowFormat, tuple[str, ...]] = {
     "chat": ("tools",),
     "sharegpt": ("system", "tools"),
     "prompt_completion": ("tools",),
     "alpaca": ("input", "system"),
+    "text": (),
 }
-
-
-class RowProblem(Exception):
-    """A row that is no conversation: which field, what was expected, what was found."""
-
-    def __init__(self, field: str, expected: str, found: Any) -> None:
-        text = shown(found) if isinstance(found, Found) else describe(found)
-        super().__init__(f"{shown(field, 120)}: expected {expected}, found {text}")
-
-
-class Found(str):
-    """A finding in words of its own."""
 
 
 @dataclass(frozen=True)
@@ -69,16 +66,19 @@ class Conversation:
     Attributes:
         messages: In order, each with role and content.
         tools: Descriptions of the tools that the assistant may call.
-        learnt_from: The first message that may be learnt, if answers before it are context.
+        context: Which of the assistant's messages are read and not learnt.
+        text: Plain text in place of messages, all of which is learnt.
     """
 
     messages: list[Message]
     tools: list[Any] | None = None
-    learnt_from: int = 0
+    context: frozenset[int] = frozenset()
+    text: str | None = None
 
     def canonical(self) -> str:
         """Equal for equal conversations, whatever file or format they came from."""
-        return json.dumps([self.messages, self.tools], sort_keys=True, ensure_ascii=False)
+        held = self.text if self.text is not None else [self.messages, self.tools]
+        return json.dumps(held, sort_keys=True, ensure_ascii=False)
 
 
 def recognise_format(values: Mapping[str, Any], mapping: Mapping[str, str]) -> RowFormat:
@@ -88,10 +88,12 @@ def recognise_format(values: Mapping[str, Any], mapping: Mapping[str, str]) -> R
         RowProblem: If its columns belong to no format.
     """
     columns = _renamed(values, mapping)
-    for name, signs in SIGNS.items():
-        if all(sign in columns for sign in signs):
+    for name in RECOGNISED:
+        if all(sign in columns for sign in SIGNS[name]):
             return name
-    expected = "; ".join(" and ".join(signs) for signs in SIGNS.values())
+    expected = "; ".join(" and ".join(SIGNS[name]) for name in RECOGNISED)
+    if "text" in columns:
+        expected += "; or text, where data.format asks for it"
     raise RowProblem("columns", f"one of: {expected}", Found(", ".join(values) or "none"))
 
 
@@ -122,8 +124,8 @@ def to_conversation(
 
 
 def known_columns(row_format: RowFormat | None) -> set[str]:
-    """Names that a format reads; of all formats if it is not known yet."""
-    formats = [row_format] if row_format else list(SIGNS)
+    """Names that a format reads; of all that can be recognised if it is not known yet."""
+    formats = [row_format] if row_format else RECOGNISED
     return {name for format_ in formats for name in (*SIGNS[format_], *OPTIONAL[format_])}
 
 
@@ -136,11 +138,12 @@ def _renamed(values: Mapping[str, Any], mapping: Mapping[str, str]) -> dict[str,
 
 
 def _read_chat(row: Mapping[str, Any]) -> Conversation:
-    return Conversation(_messages(row["messages"], "messages"), _tools(row.get("tools")))
+    messages, context = read_messages(row["messages"], "messages")
+    return Conversation(messages, as_tools(row.get("tools")), context)
 
 
 def _read_sharegpt(row: Mapping[str, Any]) -> Conversation:
-    turns = _list(row["conversations"], "conversations")
+    turns = as_list(row["conversations"], "conversations")
     messages = []
     for index, turn in enumerate(turns):
         place = f"conversations[{index}]"
@@ -150,16 +153,32 @@ def _read_sharegpt(row: Mapping[str, Any]) -> Conversation:
         if role is None:
             known = ", ".join(SHAREGPT_ROLES)
             raise RowProblem(f"{place}.from", f"one of {known}", turn.get("from"))
-        messages.append({"role": role, "content": _text(turn.get("value"), f"{place}.value")})
-    return Conversation(_with_system(row, messages), _tools(row.get("tools")))
+        value = as_text(turn.get("value"), f"{place}.value")
+        if str(turn["from"]).lower() == "function_call":
+            calls = _function_calls(value, f"{place}.value")
+            messages.append({"role": role, "content": "", "tool_calls": calls})
+        else:
+            messages.append({"role": role, "content": value})
+    return Conversation(_with_system(row, messages), as_tools(row.get("tools")))
+
+
+def _function_calls(text: str, place: str) -> list[Any]:
+    """Calls as LLaMA-Factory writes them: the JSON of ``{"name", "arguments"}``, or a list."""
+    value = parsed(text, place, "the JSON of an object with name and arguments, or of a list")
+    calls = as_objects(value if isinstance(value, list) else [value], place)
+    for index, call in enumerate(calls):
+        if not isinstance(call.get("name"), str):
+            raise RowProblem(f"{place}[{index}].name", "a string", call.get("name"))
+    functions = [{"name": call["name"], "arguments": call.get("arguments", {})} for call in calls]
+    return as_tool_calls([{"type": "function", "function": f} for f in functions], place)
 
 
 def _read_alpaca(row: Mapping[str, Any]) -> Conversation:
-    question = _text(row["instruction"], "instruction")
+    question = as_text(row["instruction"], "instruction")
     context = row.get("input")
     if context not in (None, ""):
-        question = f"{question}\n\n{_text(context, 'input')}"
-    answer = _text(row["output"], "output")
+        question = f"{question}\n\n{as_text(context, 'input')}"
+    answer = as_text(row["output"], "output")
     turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return Conversation(_with_system(row, turns))
 
@@ -167,17 +186,24 @@ def _read_alpaca(row: Mapping[str, Any]) -> Conversation:
 def _read_prompt_completion(row: Mapping[str, Any]) -> Conversation:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list) or isinstance(completion, list):
-        context = _messages(prompt, "prompt")
-        turns = context + _messages(completion, "completion")
-        has_answers = any(message["role"] == "assistant" for message in context)
-        learnt_from = len(context) if has_answers else 0
-        return Conversation(turns, _tools(row.get("tools")), learnt_from)
+        before, _ = read_messages(prompt, "prompt")
+        answer, unlearnt = read_messages(completion, "completion")
+        if not any(message["role"] == "assistant" for message in answer):
+            roles = ", ".join(message["role"] for message in answer)
+            raise RowProblem("completion", "an assistant turn to learn from", Found(roles))
+        context = {i for i, message in enumerate(before) if message["role"] == "assistant"}
+        context |= {len(before) + index for index in unlearnt}
+        return Conversation(before + answer, as_tools(row.get("tools")), frozenset(context))
     return Conversation(
         [
-            {"role": "user", "content": _text(prompt, "prompt")},
-            {"role": "assistant", "content": _text(completion, "completion")},
+            {"role": "user", "content": as_text(prompt, "prompt")},
+            {"role": "assistant", "content": as_text(completion, "completion")},
         ]
     )
+
+
+def _read_text(row: Mapping[str, Any]) -> Conversation:
+    return Conversation([], text=as_text(row["text"], "text"))
 
 
 READERS: dict[RowFormat, Callable[[Mapping[str, Any]], Conversation]] = {
@@ -185,119 +211,25 @@ READERS: dict[RowFormat, Callable[[Mapping[str, Any]], Conversation]] = {
     "sharegpt": _read_sharegpt,
     "alpaca": _read_alpaca,
     "prompt_completion": _read_prompt_completion,
+    "text": _read_text,
 }
-
-
-def _messages(value: Any, field: str) -> list[Message]:
-    return [_message(item, f"{field}[{index}]") for index, item in enumerate(_list(value, field))]
-
-
-def _message(value: Any, place: str) -> Message:
-    if not isinstance(value, dict):
-        raise RowProblem(place, "an object with role and content", value)
-    role = value.get("role")
-    if role not in ROLES:
-        raise RowProblem(f"{place}.role", f"one of {', '.join(ROLES)}", role)
-    # Parquet writes every field of a struct, with null where the row had none.
-    fields = {name: item for name, item in value.items() if item is not None}
-    if unknown := fields.keys() - MESSAGE_FIELDS:
-        known = ", ".join(sorted(MESSAGE_FIELDS))
-        raise RowProblem(place, f"only the fields {known}", Found(", ".join(sorted(unknown))))
-    for name in ("name", "tool_call_id"):
-        if name in fields:
-            _string(fields[name], f"{place}.{name}")
-    if "tool_calls" in fields:
-        _objects(fields["tool_calls"], f"{place}.tool_calls")
-    if role == "assistant" and fields.get("tool_calls"):
-        return {**fields, "content": _content(fields.get("content", ""), place, may_be_empty=True)}
-    return {**fields, "content": _content(fields.get("content"), place)}
-
-
-def _content(value: Any, place: str, *, may_be_empty: bool = False) -> str:
-    """A string, or the list of text parts that some clients write."""
-    if isinstance(value, list) and value:
-        value = "".join(_part(part, f"{place}.content[{i}]") for i, part in enumerate(value))
-    if may_be_empty and value == "":
-        return ""
-    return _text(value, f"{place}.content")
-
-
-def _part(part: Any, place: str) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    raise RowProblem(place, 'a text part {"type": "text", "text": …}', part)
-
-
-def _text(value: Any, field: str) -> str:
-    if not isinstance(value, str) or not value.strip():
-        raise RowProblem(field, "a non-empty string", value)
-    return _string(value, field)
-
-
-def _string(value: Any, field: str) -> str:
-    if not isinstance(value, str):
-        raise RowProblem(field, "a string", value)
-    if bad := NO_TEXT.search(value):
-        found = f"U+{ord(bad[0]):04X} at character {bad.start() + 1}"
-        kind = "the lone surrogate" if "\ud800" <= bad[0] <= "\udfff" else "the character"
-        raise RowProblem(field, "valid Unicode text", Found(f"{kind} {found}"))
-    return value
-
-
-def _check_json(value: Any, place: str, depth: int = 0) -> None:
-    """Templates see these values as they are, so all that is in them is checked."""
-    if depth > MAX_DEPTH:
-        raise RowProblem(place, f"values nested at most {MAX_DEPTH} deep", Found("deeper ones"))
-    match value:
-        case str():
-            _string(value, place)
-        case list():
-            for index, item in enumerate(value):
-                _check_json(item, f"{place}[{index}]", depth + 1)
-        case dict():
-            for name, item in value.items():
-                inside = f"{place}.{shown(_string(name, place), 40)}"
-                _check_json(item, inside, depth + 1)
-        case None | bool() | int() | float():
-            pass
-        case _:
-            raise RowProblem(place, "a JSON value", value)
-
-
-def _objects(value: Any, field: str) -> list[Any]:
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise RowProblem(field, "a list of objects", value)
-    _check_json(value, field)
-    return value
-
-
-def _list(value: Any, field: str) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise RowProblem(field, "a list of messages", value)
-    return value
-
-
-def _tools(value: Any) -> list[Any] | None:
-    if isinstance(value, str) and value:
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise RowProblem("tools", "a list of objects", value) from None
-    return None if value in (None, "", []) else _objects(value, "tools")
 
 
 def _with_system(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
     system = row.get("system")
     if system in (None, ""):
         return messages
-    return [{"role": "system", "content": _text(system, "system")}, *messages]
+    return [{"role": "system", "content": as_text(system, "system")}, *messages]
 
 
 def _check_turns(conversation: Conversation) -> None:
+    if conversation.text is not None:
+        return
     roles = [message["role"] for message in conversation.messages]
-    if "assistant" not in (learnt := roles[conversation.learnt_from :]):
-        field = "completion" if conversation.learnt_from else "messages"
-        raise RowProblem(field, "an assistant turn to learn from", Found(", ".join(learnt)))
+    answers = {index for index, role in enumerate(roles) if role == "assistant"}
+    if answers <= conversation.context:
+        found = "weight 0 on each" if answers else ", ".join(roles)
+        raise RowProblem("messages", "an assistant turn to learn from", Found(found))
     if "system" in roles[1:]:
         index = roles.index("system", 1)
         raise RowProblem(f"messages[{index}].role", "system only at the start", "system")

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from worker.training.config import TrainingJob
@@ -30,13 +31,21 @@ class Prepared:
     report: dict[str, Any]
 
 
-def prepare(job: TrainingJob, renderer: Renderer, max_positions: int | None = None) -> Prepared:
+def prepare(
+    job: TrainingJob,
+    renderer: Renderer,
+    max_positions: int | None = None,
+    *,
+    folder: Path | None = None,
+) -> Prepared:
     """Everything between the fetched files and the first optimizer step.
 
     Args:
         job: The job; its files are local.
         renderer: Renders with the base model's chat template.
         max_positions: Longest row, in tokens, that the base model can read.
+        folder: Where rows are kept while they are read; by default the system's folder for
+            temporary files. Nothing stays there.
 
     Raises:
         DatasetInvalid: If rows are bad, or nothing is left to learn from or to hold out.
@@ -44,9 +53,9 @@ def prepare(job: TrainingJob, renderer: Renderer, max_positions: int | None = No
     """
     max_length = min(job.data.max_length, max_positions or job.data.max_length)
     evaluation = job.evaluation
-    dataset = cut(read(job.dataset, job.data, renderer), max_length)
+    dataset = cut(read(job.dataset, job.data, renderer, folder=folder), max_length)
     if job.validation:
-        validation = cut(read(job.validation, job.data, renderer), max_length)
+        validation = cut(read(job.validation, job.data, renderer, folder=folder), max_length)
         train, held_out = dataset.examples, validation.examples[: evaluation.max_rows]
     else:
         validation = None

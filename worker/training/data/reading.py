@@ -1,19 +1,15 @@
 """Every row of a file: read, checked and rendered, or named with what is wrong with it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from worker.training.config import Data, DataFile
-from worker.training.data.conversations import (
-    Conversation,
-    RowFormat,
-    RowProblem,
-    known_columns,
-    recognise_format,
-    to_conversation,
-)
+from worker.training.data.conversations import Conversation, RowFormat, known_columns
+from worker.training.data.parsing import Good, Parsed, parse
 from worker.training.data.rendering import Example, Renderer, RowRefused
-from worker.training.data.rows import BadRow, Source, read_rows, recognise_file
+from worker.training.data.rows import BAD_ROWS_BEYOND, BAD_ROWS_KEPT, BadRow
+from worker.training.data.sources import Source
 from worker.training.data.words import shown
 from worker.training.errors import ConfigInvalid, DatasetInvalid
 
@@ -30,7 +26,8 @@ class Read:
         format: How its rows were read.
         conversations: The good rows.
         examples: The same as the model sees them, uncut; empty if no renderer was given.
-        bad_rows: The others, in the order of the file.
+        bad_rows: The first thousand of the others, in the order of the file.
+        bad: How many others there are.
     """
 
     file: DataFile
@@ -39,61 +36,86 @@ class Read:
     conversations: list[Conversation]
     examples: list[Example]
     bad_rows: list[BadRow]
+    bad: int
 
     @property
     def rows(self) -> int:
         """Good and bad ones."""
-        return len(self.conversations) + len(self.bad_rows)
+        return len(self.conversations) + self.bad
 
 
 @dataclass
 class _Progress:
+    """Rows so far; ``bad`` begins with what parsing has found."""
+
+    bad: int
+    complete: bool
     conversations: list[Conversation] = field(default_factory=list)
     examples: list[Example] = field(default_factory=list)
     bad_rows: list[BadRow] = field(default_factory=list)
-    refusals: list[RowRefused] = field(default_factory=list)
+    refused: int = 0
+    refusal: RowRefused | None = None
+
+    def keep(self, row: BadRow) -> None:
+        if len(self.bad_rows) < BAD_ROWS_KEPT:
+            self.bad_rows.append(row)
 
 
-def read(file: DataFile, options: Data, renderer: Renderer | None = None) -> Read:
+def read(
+    file: DataFile, options: Data, renderer: Renderer | None = None, *, folder: Path | None = None
+) -> Read:
     """Read and check every row of a file.
 
     Args:
         file: The local file.
         options: How to read its rows, and how many may be bad.
         renderer: Renders each row, as a part of the check.
+        folder: Where rows are kept on their way from the process that reads the file; by default
+            the system's folder for temporary files.
 
     Raises:
         DatasetInvalid: If the file cannot be read, more rows are bad than ``max_bad_rows`` allows,
             or none is good.
         ConfigInvalid: If the mapping names columns that do not exist, or the renderer's chat
-            template takes no row.
+            template takes no row, or there is none.
     """
     mapping = options.mapping or {}
-    row_format: RowFormat | None = None if options.format == "auto" else options.format
-    _check_mapping(mapping, row_format)
-    source = recognise_file(file)
-    done = _Progress()
-    columns: set[str] = set()
-    for row in read_rows(file, source):
-        if isinstance(row, BadRow):
-            done.bad_rows.append(row)
-            continue
-        columns |= row.values.keys()
-        try:
-            row_format = row_format or recognise_format(row.values, mapping)
-            conversation = to_conversation(row.values, row_format, mapping)
-            if renderer:
-                done.examples.append(renderer.render(conversation))
-            done.conversations.append(conversation)
-        except RowProblem as problem:
-            done.bad_rows.append(BadRow(row.place, str(problem)))
-        except RowRefused as refusal:
-            done.bad_rows.append(BadRow(row.place, str(refusal)))
-            done.refusals.append(refusal)
-    _check_columns(file, columns, mapping)
+    _check_mapping(mapping, None if options.format == "auto" else options.format)
+    with parse(file, options, folder) as parsed:
+        _check_columns(file, parsed.columns, mapping)
+        done = _Progress(parsed.bad, parsed.complete)
+        # Where reading was given up for bad rows, the others need not be rendered.
+        _take(parsed, done, renderer if parsed.complete else None, options)
     _check_bad_rows(file, done, options.max_bad_rows)
-    assert row_format is not None
-    return Read(file, source, row_format, done.conversations, done.examples, done.bad_rows)
+    assert parsed.format is not None
+    return Read(
+        file,
+        parsed.source,
+        parsed.format,
+        done.conversations,
+        done.examples,
+        done.bad_rows,
+        done.bad,
+    )
+
+
+def _take(parsed: Parsed, done: _Progress, renderer: Renderer | None, options: Data) -> None:
+    for row in parsed.rows():
+        if not isinstance(row, Good):
+            done.keep(row)
+            continue
+        try:
+            if renderer:
+                done.examples.append(renderer.render(row.conversation))
+            done.conversations.append(row.conversation)
+        except RowRefused as refusal:
+            done.keep(BadRow(row.place, str(refusal)))
+            done.bad += 1
+            done.refused += 1
+            done.refusal = done.refusal or refusal
+            if done.bad > options.max_bad_rows + BAD_ROWS_BEYOND:
+                done.complete = False
+                return
 
 
 def _check_mapping(mapping: Mapping[str, str], row_format: RowFormat | None) -> None:
@@ -117,26 +139,27 @@ def _check_columns(file: DataFile, columns: set[str], mapping: Mapping[str, str]
 
 
 def _check_bad_rows(file: DataFile, done: _Progress, allowed: int) -> None:
-    bad, good = done.bad_rows, len(done.conversations)
-    if len(bad) <= allowed and good:
+    good = len(done.conversations)
+    if done.bad <= allowed and good:
         return
-    if done.refusals and not good and len(bad) - len(done.refusals) <= allowed:
+    if done.refusal and not good and done.bad - done.refused <= allowed:
         raise ConfigInvalid(
-            f"The base model's chat template can render no row of {file.uri}: {done.refusals[0]}.",
-            done.refusals[0].hint,
+            f"The base model's chat template can render no row of {file.uri}: {done.refusal}.",
+            done.refusal.hint,
         )
+    if not done.bad:
+        raise DatasetInvalid(f"{file.uri} has no rows.", "Expected one row at least.")
+    share = f"{done.bad} of {good + done.bad}" if done.complete else f"At least {done.bad:,}"
     raise DatasetInvalid(
-        f"{len(bad)} of {good + len(bad)} rows of {file.uri} cannot be used: {_first(bad)}."
-        if bad
-        else f"{file.uri} has no rows.",
+        f"{share} rows of {file.uri} cannot be used: {_first(done)}.",
         "Correct these rows, or allow some with data.max_bad_rows.",
     )
 
 
-def _first(bad_rows: Sequence[BadRow]) -> str:
-    texts = [str(row) for row in bad_rows[:BAD_ROWS_IN_MESSAGE]]
-    if more := len(bad_rows) - len(texts):
-        texts.append(f"and {more} more")
+def _first(done: _Progress) -> str:
+    texts = [str(row) for row in done.bad_rows[:BAD_ROWS_IN_MESSAGE]]
+    if more := done.bad - len(texts):
+        texts.append(f"and {more:,} more")
     return "; ".join(texts)
 
 

@@ -2,7 +2,10 @@
 
 The mask comes from the template's ``{% generation %}`` marks where it has them; where it has not,
 each assistant turn is what a rendering with that turn adds to the rendering up to it. A row in
-which earlier turns change when later ones are added has no such turns, and is refused.
+which earlier turns change when later ones are added has no such turns, and is refused; but a
+template may leave out an earlier turn's reasoning, as those of reasoning models do.
+
+Plain text needs no template: all of it is learnt, with eos as its end.
 
 Text in the data that spells a special token stays text: such a spelling is cut in two before the
 template sees it, and the rendering is tokenised in pieces that end at the cut.
@@ -10,7 +13,7 @@ template sees it, and the rendering is tokenised in pieces that end at the cut.
 
 import re
 import string
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal, TypeVar, cast
 
@@ -28,6 +31,7 @@ LossOn = Literal["assistant", "last_assistant", "all"]
 Span = tuple[int, int]
 Json = TypeVar("Json")
 
+MARKS = {"return_assistant_tokens_mask": True}
 GENERATION_MARK = re.compile(r"{%-?\s*generation\s*-?%}")
 CONTROL = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 CUT = "\ufdd0"  # a noncharacter: no template writes it, and rows that hold one are bad
@@ -40,6 +44,9 @@ CLOCK = (
     "{% set found.text = found.text | replace(directive, value) %}"
     "{% endfor %}{{ found.text }}{% endmacro %}\n"
 )
+
+
+REASONING = re.compile(r"\A\s*<(\w+)>.*</\1>\n*", re.DOTALL)
 
 
 class RowRefused(Exception):
@@ -86,26 +93,23 @@ class Renderer:
     """Renders conversations with one tokenizer's chat template.
 
     Args:
-        tokenizer: A fast tokenizer with a chat template.
-        loss_on: ``"assistant"`` turns, the ``"last_assistant"`` turn, or ``"all"`` tokens.
+        tokenizer: A fast tokenizer; with a chat template, unless all rows are plain text.
+        loss_on: ``"assistant"`` turns, the ``"last_assistant"`` turn that is learnt, or ``"all"``
+            tokens. Of plain text it is always all.
         today: What a template that asks for the date is told; by default the present moment.
 
     Raises:
-        ConfigInvalid: If the tokenizer has no chat template, or cannot tell where tokens begin.
+        ConfigInvalid: If the tokenizer cannot tell where tokens begin.
     """
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn, *, today: datetime | None = None
     ) -> None:
-        if not isinstance(tokenizer.chat_template, str):
-            raise ConfigInvalid(
-                "The base model's tokenizer has no chat template.",
-                "Use an instruction-tuned base model, or put a chat_template.jinja in its folder.",
-            )
         if not tokenizer.is_fast:
             raise ConfigInvalid("The base model has no fast tokenizer (tokenizer.json).", None)
         self._tokenizer = tokenizer
-        self._template: str = tokenizer.chat_template
+        template = tokenizer.chat_template
+        self._template: str = template if isinstance(template, str) else ""
         self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         if "strftime_now" in self._template:
             self._template = CLOCK + self._template
@@ -124,7 +128,16 @@ class Renderer:
         Raises:
             RowRefused: If the template or the tokenizer does not take it, or it cannot be told
                 where the assistant's turns are.
+            ConfigInvalid: If it needs a chat template, and there is none.
         """
+        if conversation.text is not None:
+            return self._render_text(conversation.text)
+        if not self._template:
+            raise ConfigInvalid(
+                "The base model's tokenizer has no chat template.",
+                "Use an instruction-tuned base model, put a chat_template.jinja in its folder, or "
+                "train on plain text (data.format: text).",
+            )
         try:
             return self._render(conversation)
         except (RowRefused, MemoryError):
@@ -161,13 +174,23 @@ class Renderer:
     def _decode(self, ids: list[int]) -> str:
         return cast(str, self._tokenizer.decode(ids, skip_special_tokens=False))
 
+    def _render_text(self, text: str) -> Example:
+        tokens = self._tokenise(self._cut_spellings(text))
+        begin: list[int] = self._tokenizer("")["input_ids"]
+        bos, eos = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
+        before = begin[:1] if begin and begin[0] == bos else []
+        after = [] if eos is None else [eos]
+        ids = np.array([*before, *tokens.ids.tolist(), *after], np.int32)
+        return Example(ids, np.ones(len(ids), dtype=bool))
+
     def _render(self, conversation: Conversation) -> Example:
+        self._check_reads(conversation)
         messages = [
             {**self._cut_spellings(message), "role": message["role"]}
             for message in conversation.messages
         ]
         tools = self._cut_spellings(conversation.tools)
-        safe = Conversation(messages, tools, conversation.learnt_from)
+        safe = replace(conversation, messages=messages, tools=tools)
         text, spans = self._text_and_spans(safe)
         if safe != conversation and text.replace(CUT, "") != self._apply(conversation):
             raise RowRefused(
@@ -176,6 +199,15 @@ class Renderer:
             )
         tokens = self._tokenise(text)
         return Example(tokens.ids, _mask(tokens, text, spans))
+
+    def _check_reads(self, conversation: Conversation) -> None:
+        """That nothing which is to be learnt is passed over by the template."""
+        for name in ("tool_calls", "reasoning_content"):
+            if name not in self._template and any(m.get(name) for m in conversation.messages):
+                raise RowRefused(
+                    f"it has {name}, which the chat template does not read",
+                    "Write it into content, in the base model's own words.",
+                )
 
     def _cut_spellings(self, value: Json) -> Json:
         """The same value, with every special token that is spelt in it cut in two."""
@@ -212,12 +244,26 @@ class Renderer:
         return self._run(conversation, upto, add_generation_prompt=prompt)[0]
 
     def _apply_marked(self, conversation: Conversation) -> tuple[str, list[Span]]:
-        marks = {"return_assistant_tokens_mask": True}
-        text, spans = self._run(conversation, None, **marks)
-        if not conversation.learnt_from:
+        text, spans = self._run(conversation, None, **MARKS)
+        if not conversation.context:
             return text, spans
-        # A turn may hold any number of marks, so those of the context are counted.
-        return text, spans[len(self._run(conversation, conversation.learnt_from, **marks)[1]) :]
+        learnt = []
+        for index, message in enumerate(conversation.messages):
+            if message["role"] == "assistant" and index not in conversation.context:
+                # A turn may hold any number of marks, so those before it are counted.
+                before, upto = (self._marks(conversation, i) for i in (index, index + 1))
+                learnt += spans[before:upto]
+        answers = sum(message["role"] == "assistant" for message in conversation.messages)
+        if len(spans) < answers:
+            raise RowRefused(
+                "the chat template marks some of its answers only, and some are not to be learnt",
+                "Mark every assistant turn in the template, or train on single turns.",
+            )
+        return text, learnt
+
+    def _marks(self, conversation: Conversation, upto: int) -> int:
+        """How many spans the template marks in the first messages."""
+        return len(self._run(conversation, upto, **MARKS)[1])
 
     def _run(
         self, conversation: Conversation, upto: int | None, **options: Any
@@ -239,20 +285,27 @@ class Renderer:
         text = self._apply(conversation)
         spans = []
         for index, message in enumerate(conversation.messages):
-            if message["role"] != "assistant" or index < conversation.learnt_from:
-                continue
-            before = self._apply(conversation, index, prompt=True)
-            upto = self._apply(conversation, index + 1)
-            if self._is_closed_by_eos(conversation, index + 1, upto):
-                upto = upto.removesuffix(self._eos)
-            if not (upto.startswith(before) and text.startswith(upto)):
-                raise RowRefused(
-                    "the chat template has no {% generation %} marks, and it renders a turn "
-                    "otherwise once later turns follow, so the assistant's tokens cannot be found",
-                    "Add {% generation %} marks to the template, or train on single turns.",
-                )
-            spans.append((len(before), len(upto)))
+            if message["role"] == "assistant" and index not in conversation.context:
+                spans.append(self._find_turn(conversation, index, text))
         return text, spans
+
+    def _find_turn(self, conversation: Conversation, index: int, text: str) -> Span:
+        before = self._apply(conversation, index, prompt=True)
+        upto = self._apply(conversation, index + 1)
+        if self._is_closed_by_eos(conversation, index + 1, upto):
+            upto = upto.removesuffix(self._eos)
+        if upto.startswith(before) and text.startswith(before):
+            start, turn = len(before), upto[len(before) :]
+            if text.startswith(turn, start):
+                return start, start + len(turn)
+            answer = REASONING.sub("", turn, count=1)
+            if answer and text.startswith(answer, start):
+                return start, start + len(answer)
+        raise RowRefused(
+            "the chat template has no {% generation %} marks, and it renders a turn "
+            "otherwise once later turns follow, so the assistant's tokens cannot be found",
+            "Add {% generation %} marks to the template, or train on single turns.",
+        )
 
     def _is_closed_by_eos(self, conversation: Conversation, upto: int, text: str) -> bool:
         """Whether eos ends the conversation and not its last turn: a next turn takes it off (Phi).

@@ -10,7 +10,7 @@ from worker.training.config import TrainingJob
 from worker.training.data.conversations import Conversation
 from worker.training.data.reading import Read, Usable
 from worker.training.data.rendering import Example, Renderer
-from worker.training.order import total_steps
+from worker.training.order import RowOrder, total_steps
 
 BAD_ROWS_SHOWN = 20
 
@@ -42,7 +42,7 @@ def describe(
             "read": found.rows,
             "used": used,
             "held_out": len(dataset.examples) - used,
-            "bad": len(found.bad_rows),
+            "bad": found.bad,
             "truncated": dataset.truncated,
             "dropped_without_targets": dataset.without_targets,
             "duplicates": _duplicates(found.conversations),
@@ -59,14 +59,20 @@ def describe(
             "max": int(lengths.max()),
             "limit": max_length,
         },
-        "steps": total_steps(job.training, used),
-        "tokens_per_step": round(float(lengths.mean()) * job.training.batch_size),
+        "steps": total_steps(job.training, lengths.tolist(), job.seed),
+        "tokens_per_step": _tokens_per_step(job, lengths.tolist()),
         "first_example": renderer.segments(train[0]),
         "warnings": list(_warnings(job, dataset, validation, renderer, max_length)),
     }
     if validation:
         report["validation"] = _describe_validation(validation, job.evaluation.max_rows)
     return report
+
+
+def _tokens_per_step(job: TrainingJob, lengths: Sequence[int]) -> int:
+    if job.training.batch_tokens is None:
+        return round(sum(lengths) / len(lengths) * job.training.batch_size)
+    return round(sum(lengths) / RowOrder(lengths, job.training, job.seed).steps(1))
 
 
 def _describe_validation(usable: Usable, max_rows: int) -> dict[str, Any]:
@@ -78,7 +84,7 @@ def _describe_validation(usable: Usable, max_rows: int) -> dict[str, Any]:
             "read": found.rows,
             "held_out": held_out,
             "beyond_max_rows": len(usable.examples) - held_out,
-            "bad": len(found.bad_rows),
+            "bad": found.bad,
             "truncated": usable.truncated,
             "dropped_without_targets": usable.without_targets,
         },
@@ -119,7 +125,7 @@ def _warnings(
         yield "No end-of-turn token is in the loss: the adapter will not learn to stop."
     for usable in filter(None, (dataset, validation)):
         where = f" of {usable.found.file.uri}" if validation else ""
-        if bad := len(usable.found.bad_rows):
+        if bad := usable.found.bad:
             yield f"{bad} bad rows{where} were skipped, as data.max_bad_rows allows."
         if usable.truncated:
             yield f"{usable.truncated} rows{where} were cut at {max_length} tokens."
@@ -154,7 +160,27 @@ def describe_report(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             ("validation", f"{_kind(validation['format'])}, {validation['uri']}"),
             ("", f"{held['read']} read, {held['held_out']} held out, {held['bad']} bad"),
         ]
-    return lines
+    return [*lines, *_describe_estimates(report)]
+
+
+def _describe_estimates(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    if plan := report.get("plan"):
+        yield "each step", plan["in_words"]
+    if memory := report.get("memory"):
+        yield "memory", memory["in_words"]
+        fits = "it fits" if memory["fits"] else "it does not fit"
+        total = memory["device_total_bytes"] / 2**30
+        yield "", f"{fits} the {total:.1f} GiB of {memory['device']}"
+    if time := report.get("time"):
+        rate = f"{time['tokens_per_second']:,.0f} tokens/s"
+        yield "time", f"very roughly {_in_words(time['seconds'])} at {rate}"
+
+
+def _in_words(seconds: float) -> str:
+    for size, unit in ((3600, "hours"), (60, "minutes")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def _kind(found: Mapping[str, Any]) -> str:

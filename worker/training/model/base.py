@@ -3,6 +3,7 @@
 import json
 import logging
 from collections.abc import Collection
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
-from worker.training.config import BaseModel, Training, TrainingJob
+from worker.training.config import BaseModel, Quantization, Training, TrainingJob
 from worker.training.errors import BaseModelUnavailable, ConfigInvalid
 from worker.training.files import sha256_of
 
@@ -73,8 +75,19 @@ def choose_dtype(training: Training, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if is_native else torch.float32
 
 
-def load_base(base: BaseModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def load_base(
+    base: BaseModel,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantization: Quantization | None = None,
+) -> PreTrainedModel:
     """The base model from safetensors alone, frozen.
+
+    Args:
+        base: Its folder.
+        device: Where it goes.
+        dtype: What it computes in.
+        quantization: How its linear layers are stored, but for the head.
 
     Raises:
         BaseModelUnavailable: If the folder holds no causal language model that can be loaded, or
@@ -94,6 +107,7 @@ def load_base(base: BaseModel, device: torch.device, dtype: torch.dtype) -> PreT
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            **_quantized(quantization, device, dtype),
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         log.exception("base model cannot be loaded")
@@ -105,8 +119,65 @@ def load_base(base: BaseModel, device: torch.device, dtype: torch.dtype) -> PreT
     _check_whole(base, loaded[1]["missing_keys"])
     model.config.use_cache = False
     model.requires_grad_(False)
-    model.to(device)  # type: ignore[arg-type] # transformers' own signature has lost its self
+    if quantization is None:  # else it was loaded where it stays
+        model.to(device)  # type: ignore[arg-type] # transformers' own signature has lost its self
     return model
+
+
+def _quantized(
+    quantization: Quantization | None, device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Arguments that let bitsandbytes quantise the weights as they are loaded.
+
+    Raises:
+        ConfigInvalid: If it is not installed.
+    """
+    if quantization is None:
+        return {}
+    if find_spec("bitsandbytes") is None:
+        raise ConfigInvalid(
+            f"training.quantization is {quantization}, and this worker has no bitsandbytes.",
+            "Install it on the worker (pip install bitsandbytes), or leave quantization out.",
+        )
+    options: dict[str, Any] = {"load_in_8bit": True}
+    if quantization == "4bit":
+        options = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": dtype,
+        }
+    configuration = BitsAndBytesConfig(**options)  # type: ignore[no-untyped-call]
+    return {"quantization_config": configuration, "device_map": {"": device}}
+
+
+def set_mode(model: nn.Module, *, training: bool) -> None:
+    """Put a model into training or evaluation mode, but for layers of bitsandbytes.
+
+    They compute the same in both, and on a CPU pack their weight anew in evaluation mode, for good,
+    in a way that cannot be trained with.
+    """
+    model.train(training)
+    for module in model.modules():
+        if type(module).__module__.startswith("bitsandbytes."):
+            module.training = True
+
+
+def checkpoint_activations(model: nn.Module, *, on: bool) -> None:
+    """Keep only what enters each decoder layer, and run its forward again in the backward pass.
+
+    Args:
+        model: The base model.
+        on: Whether to, or to keep all activations.
+    """
+    # transformers 5.24 has renamed both
+    verb = "enable" if on else "disable"
+    new, old = f"activation_checkpointing_{verb}", f"gradient_checkpointing_{verb}"
+    switch: Any = getattr(model, new, None) or getattr(model, old)
+    if on:
+        switch({"use_reentrant": False})
+    else:
+        switch()
 
 
 def _check_whole(base: BaseModel, missing: Collection[str]) -> None:
@@ -145,7 +216,7 @@ def attach_adapter(model: PreTrainedModel, job: TrainingJob) -> PeftModel:
     return adapted
 
 
-def _check_targets(model: nn.Module, job: TrainingJob) -> None:
+def _check_targets(model: PreTrainedModel, job: TrainingJob) -> None:
     wanted = job.lora.target_modules
     if wanted == "all-linear":
         return
@@ -154,6 +225,15 @@ def _check_targets(model: nn.Module, job: TrainingJob) -> None:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
     }
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    outputs = {name for name, module in model.named_modules() if module is head}
+    if named := [w for w in wanted if any(n == w or n.endswith("." + w) for n in outputs)]:
+        raise ConfigInvalid(
+            f"lora.target_modules names {', '.join(named)}, the head of {job.base_model.name}.",
+            "Leave it out: servers take no adapter of it, and where its weight is the embedding's "
+            "too, merging would change both.",
+        )
+    names -= outputs
     missing = [w for w in wanted if not any(n == w or n.endswith("." + w) for n in names)]
     if missing:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in names}))

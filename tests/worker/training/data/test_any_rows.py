@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from tests.worker.training.conftest import MARKED, UNMARKED, make_tokenizer
 from worker.training.config import Data, DataFile
-from worker.training.data.conversations import ROLES, RowFormat, known_columns
+from worker.training.data.conversations import RowFormat, known_columns
 from worker.training.data.dataset import read
+from worker.training.data.messages import ROLES
 from worker.training.data.rendering import Renderer
 from worker.training.errors import JobError
 
@@ -85,8 +86,8 @@ def renderer(request: pytest.FixtureRequest) -> Renderer:
     return Renderer(make_tokenizer(template), "assistant")
 
 
-@settings(max_examples=40, deadline=None)
-@given(data=st.lists(rows, min_size=1, max_size=4), format_=st.sampled_from(FORMATS))
+@settings(max_examples=15, deadline=None)
+@given(data=st.lists(rows, min_size=1, max_size=12), format_=st.sampled_from(FORMATS))
 def test_any_row_is_used_or_named(
     path: Path, renderer: Renderer, data: list[Any], format_: Any
 ) -> None:

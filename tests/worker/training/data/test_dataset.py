@@ -1,17 +1,20 @@
 """Rows are split, cut and counted before a model is loaded, and the report says so."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.worker.training.conftest import MARKED, ROWS, chat, make_tokenizer
+from tests.worker.training.conftest import MARKED, ROWS, Recorder, chat, make_tokenizer
 from worker.training.config import Data, DataFile, Evaluation, TrainingJob
 from worker.training.data.conversations import Conversation
 from worker.training.data.dataset import Prepared, describe_report, fingerprint, prepare, split
 from worker.training.data.rendering import Example, Renderer
 from worker.training.errors import ConfigInvalid, DatasetInvalid
+from worker.training.run import run
 
 Make = Callable[..., TrainingJob]
 
@@ -92,7 +95,7 @@ class TestChecks:
             {
                 "role": "assistant",
                 "content": "b",
-                "tool_calls": [{"function": {"name": "f", "arguments": '{"x": 1}'}}],
+                "tool_calls": [{"function": {"name": "f", "arguments": ["x"]}}],
             },
         ]
     }
@@ -119,6 +122,11 @@ class TestChecks:
         assert report["rows"]["bad"] == 1
         assert report["bad_rows"][0]["place"] == "line 1"
         assert words in report["bad_rows"][0]["problem"]
+
+    def test_rendering_ends_where_far_too_many_are_refused(self, make_job: Make) -> None:
+        job = make_job(rows=[*ROWS, *[self.TWICE] * 1500])
+        with pytest.raises(DatasetInvalid, match=r"^At least 1,001 rows of file:rows\.jsonl"):
+            prepared(job, template=self.ALTERNATING)
 
     def test_a_template_that_takes_no_row_is_the_jobs_fault(self, make_job: Make) -> None:
         template = "{{ raise_exception('No roles at all.\n') }}"
@@ -160,6 +168,18 @@ class TestReport:
     def test_rows_that_all_lose_their_targets_fail_the_job(self, make_job: Make) -> None:
         with pytest.raises(DatasetInvalid, match=r"nothing is left of file:rows\.jsonl"):
             prepared(make_job(data={"max_length": 12}))
+
+    def test_such_a_job_fails_before_the_model_is_loaded(
+        self, make_job: Make, base_folder: Path, tmp_path: Path
+    ) -> None:
+        no_weights = shutil.ignore_patterns("*.safetensors")
+        shutil.copytree(base_folder, tmp_path / "base", ignore=no_weights)
+        job = make_job(data={"max_length": 12})
+        job = replace(job, base_model=replace(job.base_model, path=tmp_path / "base"))
+        reporter = Recorder()
+        with pytest.raises(DatasetInvalid, match="nothing is left of"):
+            run(job, tmp_path, reporter, reporter)
+        assert reporter.phases == ["validating"]
 
     def test_a_length_beyond_the_model_is_lowered_and_said(self, make_job: Make) -> None:
         report = prepared(make_job(), max_positions=64).report

@@ -4,8 +4,10 @@ import contextlib
 import gzip
 import io
 import json
+import random
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,20 +16,31 @@ import pytest
 import zstandard
 
 from tests.worker.training.conftest import ROWS, chat
+from tests.worker.training.data.measured import Measured
 from worker.training.config import Data, DataFile
 from worker.training.data.conversations import Conversation
 from worker.training.data.dataset import read
+from worker.training.data.parsing import parse
+from worker.training.data.rows import read_rows
+from worker.training.data.sources import recognise_file
 from worker.training.errors import DatasetInvalid, JobError
 
 Write = Callable[..., DataFile]
 
 FIVE = ROWS[:5]
 GOOD = json.dumps(chat("Hello", "Hi")).encode()
+TURN = [{"role": "user", "content": "x"}]
 
 # Rows that hardly compress, so that frames end where a test cuts them.
 ZSTD = zstandard.compress(
     b"".join(json.dumps(chat(f"{n * n * n}", f"{n**5}")).encode() + b"\n" for n in range(9000))
 )
+
+
+def problem(file: DataFile) -> str:
+    with pytest.raises(DatasetInvalid) as caught:
+        read(file, Data())
+    return caught.value.message
 
 
 def damaged_parquet() -> bytes:
@@ -144,17 +157,96 @@ class TestParquet:
         assert found.bad_rows[0].place == "row 2"
         assert "can't decode byte 0xff" in found.bad_rows[0].problem
 
+    DAYS = pa.array([0, 2**53], pa.timestamp("ms"))
+
     def test_a_date_of_parquet_out_of_range_spoils_its_row_alone(self, data_file: Write) -> None:
-        days = pa.array([0, 2**53], pa.timestamp("ms"))
         texts = pa.array(["a", "b"])
-        content = parquet_of(pa.table({"prompt": texts, "completion": texts, "day": days}))
-        with pytest.raises(DatasetInvalid, match="row 2: cannot be read: "):
-            read(data_file(content, "rows.parquet"), Data())
+        content = parquet_of(pa.table({"prompt": self.DAYS, "completion": texts}))
+        message = problem(data_file(content, "rows.parquet"))
+        assert "row 1: prompt: expected a non-empty string, found datetime" in message
+        assert "row 2: cannot be read: " in message
+
+    def test_a_column_of_parquet_that_nobody_wants_is_not_read(self, data_file: Write) -> None:
+        texts = pa.array(["a", "b"])
+        content = parquet_of(pa.table({"prompt": texts, "day": self.DAYS, "answer": texts}))
+        file = data_file(content, "rows.parquet")
+        assert read(file, Data(mapping={"completion": "answer"})).rows == 2
+        assert problem(file).endswith("found prompt, day, answer.")
+
+    def test_fields_that_only_other_rows_have_are_left_out(self, data_file: Write) -> None:
+        calls = [{"function": {"name": "f", "arguments": {name: 1}}} for name in "xy"]
+        rows = [
+            {"messages": [*chat("Q", "A")["messages"], {"role": "user", "content": "x"}]},
+            *({"messages": [*TURN, {"role": "assistant", "tool_calls": [call]}]} for call in calls),
+        ]
+        found = read(data_file(parquet(rows), "rows.parquet"), Data()).conversations
+        assert found[0] == Conversation(rows[0]["messages"])
+        assert [row.messages[1]["tool_calls"] for row in found[1:]] == [[call] for call in calls]
 
     def test_damage_anywhere_in_parquet_is_told(self, data_file: Write) -> None:
         whole = parquet([{"prompt": "a" * 50, "completion": "b"}] * 50)
         for place in range(4, len(whole) - 4, 31):
             content = bytearray(whole)
             content[place] ^= 0xA5
-            with contextlib.suppress(JobError):
-                read(data_file(bytes(content), "rows.parquet"), Data(max_bad_rows=99))
+            file = data_file(bytes(content), "rows.parquet")
+            with contextlib.suppress(JobError, MemoryError):
+                list(read_rows(file, recognise_file(file), {"prompt", "completion"}))
+
+    def test_a_large_row_group_is_read_page_by_page(
+        self, data_file: Write, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        letters = random.Random(0).randbytes(1 << 16).hex()
+        texts = pa.array([letters[n : n + 1000] for n in range(30_000)])
+        table = pa.table({"prompt": texts, "completion": texts[::-1]})
+        file = data_file(parquet_of(table), "rows.parquet")
+        group = pq.ParquetFile(file.path).metadata.row_group(0)
+        assert group.total_byte_size > 56 << 20
+        measured = Measured(tmp_path)
+        monkeypatch.setattr("sys.executable", str(measured.python))
+        with parse(file, Data()) as found:
+            assert (found.format, found.bad, found.complete) == ("prompt_completion", 0, True)
+        assert measured.usage().peak_bytes < 100e6
+
+
+class TestArrays:
+    """A JSON array is read row by row."""
+
+    def test_rows_are_found_wherever_a_chunk_ends(self, data_file: Write) -> None:
+        rows = [chat(f"{n}\u00e9\U0001f600" * 400, f"{n}") for n in range(2400)]
+        text = json.dumps(rows, ensure_ascii=False, indent=1)
+        content = "\ufeff" + text.replace("{", "\n \t{")
+        assert len(content.encode()) > 8 << 20
+        found = read(data_file(content.encode(), "rows.json"), Data())
+        assert found.conversations == [Conversation(row["messages"]) for row in rows]
+
+    def test_a_long_row_is_named_and_the_next_ones_are_read(self, data_file: Write) -> None:
+        rows = [*FIVE, chat("x" * (1 << 20), "y"), *FIVE]
+        message = problem(data_file(json.dumps(rows).encode(), "rows.json"))
+        assert message.startswith("1 of 11 rows")
+        assert "row 6: longer than 1,048,576 bytes" in message
+
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            (b'"abc"', "it does not begin with ["),
+            (b"[{},\n{}\n", "expected , or ] after row 2, found its end (line 3)"),
+            (b"[{}\n{}]", "expected , or ] after row 1, found '{' (line 2)"),
+            (b"[{},\n]", "row 2: not JSON: Expecting value at column 1 (line 2)"),
+            (b"[{}]\n\n[{}]", "more follows its end (line 3)"),
+            (b'[{},\n{"a" 1}]', "row 2: not JSON: Expecting ':' delimiter at column 6 (line 2)"),
+            (b'[{"a": NaN}]', "row 1: NaN is not JSON (line 1)"),
+            (b'[{"a": "' + b"x" * (6 << 20), "row 1 is longer than 1,048,576 bytes"),
+            (b'[{"a": "x', "row 1: not JSON: Unterminated string starting at at column 8"),
+            (b'[{"a": ' + b"[" * 9999, "row 1: not JSON: nested too deeply"),
+        ],
+    )
+    def test_what_is_no_array_is_named_by_its_line(
+        self, data_file: Write, content: bytes, words: str
+    ) -> None:
+        assert words in problem(data_file(content, "rows.json"))
+
+    def test_a_byte_that_is_not_utf_8_is_counted(self, data_file: Write) -> None:
+        row = b'{"prompt": "\xc3\xa9", "completion": "' + b"a" * 5000 + b'"},\n'
+        content = b"\xef\xbb\xbf[" + row * 2000 + b'"\xff"]'
+        message = problem(data_file(content, "rows.json"))
+        assert f"is not UTF-8: byte {content.index(0xFF):,}." in message

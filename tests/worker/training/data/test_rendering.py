@@ -9,7 +9,8 @@ from tokenizers import AddedToken, Tokenizer, models, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from tests.worker.training.conftest import MARKED, UNMARKED, chat, make_tokenizer
-from worker.training.data.conversations import Conversation, RowProblem, to_conversation
+from worker.training.data.conversations import Conversation, to_conversation
+from worker.training.data.messages import RowProblem
 from worker.training.data.rendering import CUT, LossOn, Renderer, RowRefused
 from worker.training.errors import ConfigInvalid
 
@@ -56,14 +57,35 @@ class TestMask:
 
     @pytest.mark.parametrize("template", [MARKED, UNMARKED])
     def test_answers_that_are_context_are_not_in_it(self, template: str) -> None:
-        assert learnt(template, replace(TALK, learnt_from=3)) == ["Ciao<|im_end|>"]
+        assert learnt(template, replace(TALK, context=frozenset({2}))) == ["Ciao<|im_end|>"]
 
     def test_marks_of_context_are_counted_however_many_a_turn_has(self) -> None:
         twice = MARKED.replace(
             "{{ m['content'] }}<|im_end|>{% endgeneration %}",
             "{{ m['content'] }}{% endgeneration %}|{% generation %}<|im_end|>{% endgeneration %}",
         )
-        assert learnt(twice, replace(TALK, learnt_from=3)) == ["Ciao", "<|im_end|>"]
+        assert learnt(twice, replace(TALK, context=frozenset({2}))) == ["Ciao", "<|im_end|>"]
+
+    @pytest.mark.parametrize("template", [MARKED, UNMARKED])
+    def test_any_answer_may_be_context(self, template: str) -> None:
+        first = replace(TALK, context=frozenset({4}))
+        assert learnt(template, first) == ["Hello!<|im_end|>"]
+        assert learnt(template, first, "last_assistant") == ["Hello!<|im_end|>"]
+
+    def test_marks_that_some_answers_lack_cannot_be_counted(self) -> None:
+        last = "{% if m['role'] == 'assistant' and loop.last %}"
+        template = MARKED.replace("{% if m['role'] == 'assistant' %}", last)
+        assert learnt(template) == ["Ciao<|im_end|>"]
+        with pytest.raises(RowRefused, match="marks some of its answers only"):
+            learnt(template, replace(TALK, context=frozenset({2})))
+
+    @pytest.mark.parametrize("name", ["tool_calls", "reasoning_content"])
+    @pytest.mark.parametrize("template", [MARKED, UNMARKED])
+    def test_what_the_template_would_pass_over_is_refused(self, template: str, name: str) -> None:
+        question, answer = chat("Hi", "Hello")["messages"]
+        talk = Conversation([question, {**answer, name: [{"function": {}}]}])
+        with pytest.raises(RowRefused, match=f"has {name}, which the chat template does not read"):
+            learnt(template, talk)
 
     @pytest.mark.parametrize("loss_on", ["assistant", "last_assistant"])
     def test_a_token_that_begins_before_the_answer_is_in_it(self, loss_on: LossOn) -> None:
@@ -109,7 +131,7 @@ class TestMask:
         tokenizer = make_tokenizer()
         tokenizer.chat_template = None
         with pytest.raises(ConfigInvalid, match="no chat template"):
-            Renderer(tokenizer, "assistant")
+            Renderer(tokenizer, "assistant").render(TALK)
 
     def test_what_the_template_refuses_is_told_to_the_jobs_author(self) -> None:
         template = "{{ raise_exception('no system turns here') }}"
@@ -204,3 +226,32 @@ class TestClock:
         renderer = Renderer(tokenizer, "all")
         (segment,) = renderer.segments(renderer.render(TALK))
         assert int(segment["text"][:4]) >= 2024
+
+
+class TestText:
+    """Plain text: every token of it is learnt, and that it ends."""
+
+    TEXT = Conversation([], text="Once <|im_end|> upon\n")
+
+    @pytest.mark.parametrize("loss_on", ["assistant", "last_assistant", "all"])
+    def test_it_needs_no_template_and_is_learnt_to_its_end(self, loss_on: LossOn) -> None:
+        tokenizer = make_tokenizer()
+        tokenizer.chat_template = None
+        renderer = Renderer(tokenizer, loss_on)
+        example = renderer.render(self.TEXT)
+        assert example.in_loss.all()
+        assert renderer.learns_to_stop(example)
+        assert example.ids[-1] == tokenizer.eos_token_id
+        assert example.ids.tolist().count(tokenizer.eos_token_id) == 1
+        assert tokenizer.decode(example.ids) == f"{self.TEXT.text}<|im_end|>"
+
+    def test_it_begins_with_bos_where_the_tokenizer_writes_one(self) -> None:
+        tokenizer = make_tokenizer()
+        bos = tokenizer.bos_token_id
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|endoftext|> $A <|im_end|>",
+            special_tokens=[("<|endoftext|>", bos), ("<|im_end|>", tokenizer.eos_token_id)],
+        )
+        ids = Renderer(tokenizer, "all").render(Conversation([], text="Once")).ids
+        assert ids.tolist() == tokenizer("Once")["input_ids"]
+        assert ids[0] == bos

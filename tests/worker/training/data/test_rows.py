@@ -41,6 +41,11 @@ def calls(tool_calls: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "x"}, answer]}
 
 
+def answered(**more: Any) -> dict[str, Any]:
+    question, answer = chat("Q", "A")["messages"]
+    return {"messages": [question, {**answer, **more}]}
+
+
 def nested(depth: int) -> dict[str, Any]:
     return {"a": nested(depth - 1)} if depth else {}
 
@@ -120,6 +125,46 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
         {"messages": [{"role": "user", "content": "x", "name": 5}]},
         "messages[0].name: expected a string, found the number 5",
     ),
+    "a weight between": (
+        answered(weight=0.5),
+        "messages[1].weight: expected 0 (context) or 1 (learnt), found the number 0.5",
+    ),
+    "a weight that is no number": (
+        answered(weight=True),
+        "messages[1].weight: expected 0 (context) or 1 (learnt), found true",
+    ),
+    "no weight at all": (
+        answered(weight=0),
+        "messages: expected an assistant turn to learn from, found weight 0 on each",
+    ),
+    "reasoning that is no text": (
+        answered(reasoning_content=["x"]),
+        "messages[1].reasoning_content: expected a string, found a list of 1",
+    ),
+    "a user who reasons": (
+        {"messages": [{"role": "user", "content": "x", "reasoning_content": "y"}]},
+        "messages[0]: expected only the fields content, name, role, tool_call_id, tool_calls, "
+        "found reasoning_content",
+    ),
+    "arguments that are no JSON": (
+        calls([{"function": {"name": "f", "arguments": "x = 1"}}]),
+        "messages[1].tool_calls[0].function.arguments: expected the JSON of an object, found the "
+        "string 'x = 1'",
+    ),
+    "arguments without names": (
+        calls([{"function": {"name": "f", "arguments": "[1]"}}]),
+        "messages[1].tool_calls[0].function.arguments: expected the JSON of an object, found a "
+        "list of 1",
+    ),
+    "half a character in arguments of text": (
+        calls([{"function": {"name": "f", "arguments": '{"x": "\\ud83d"}'}}]),
+        "messages[1].tool_calls[0].function.arguments.x: expected valid Unicode text",
+    ),
+    "an infinite argument": (
+        calls([{"function": {"name": "f", "arguments": '{"x": 1e999}'}}]),
+        "messages[1].tool_calls[0].function.arguments.x: expected a number that JSON has, found "
+        "the number inf",
+    ),
     "an image": (
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
         "messages[0].content[0]: expected a text part",
@@ -135,11 +180,14 @@ class TestBadRows:
         assert "1 of 3 rows of file:rows.jsonl cannot be used: line 3: " in message
         assert words in message
 
-    @pytest.mark.parametrize("name", BAD_ROWS)
-    def test_a_bad_row_is_named_by_field(self, data_file: Write, name: str) -> None:
-        row, words = BAD_ROWS[name]
-        message = problem(data_file, [*FIVE, row, *FIVE])
-        assert f"line 6: {words}" in message
+    def test_a_bad_row_is_named_by_field(self, data_file: Write) -> None:
+        rows = [row for row, _ in BAD_ROWS.values()]
+        found = read(data_file([*FIVE, *rows]), Data(max_bad_rows=len(rows)))
+        assert len(found.bad_rows) == len(rows)
+        for number, (bad, (_, words)) in enumerate(
+            zip(found.bad_rows, BAD_ROWS.values(), strict=True), 6
+        ):
+            assert str(bad).startswith(f"line {number}: {words}")
 
     def test_some_may_be_allowed_and_are_kept_for_the_report(self, data_file: Write) -> None:
         rows = [*FIVE, {"messages": []}]
@@ -147,6 +195,18 @@ class TestBadRows:
         assert len(found.conversations) == 5
         assert [bad.place for bad in found.bad_rows] == ["line 6"]
         assert "2 of 7" in problem(data_file, [*rows, {"messages": 1}], max_bad_rows=1)
+
+    def test_all_are_counted_and_the_first_thousand_kept(self, data_file: Write) -> None:
+        rows = [*FIVE, *[{"messages": []}] * 1500, *FIVE]
+        found = read(data_file(rows), Data(max_bad_rows=1500))
+        assert (found.rows, found.bad, len(found.bad_rows)) == (1510, 1500, 1000)
+        assert found.bad_rows[-1].place == "line 1005"
+        assert "1500 of 1510 rows" in problem(data_file, rows, max_bad_rows=1499)
+
+    def test_reading_ends_where_far_too_many_are_bad(self, data_file: Write) -> None:
+        message = problem(data_file, [*FIVE, *[{"messages": []}] * 2000], max_bad_rows=9)
+        assert message.startswith("At least 1,010 rows of file:rows.jsonl cannot be used: line 6: ")
+        assert message.endswith("; and 1,005 more.")
 
     def test_only_the_first_are_shown(self, data_file: Write) -> None:
         message = problem(data_file, [*FIVE, *[{"messages": []}] * 9])
@@ -270,7 +330,7 @@ class TestFormats:
             "completion": [{"role": "assistant", "content": "A"}],
         }
         (conversation,) = read(data_file([row]), Data()).conversations
-        assert conversation.learnt_from == 3
+        assert conversation.context == {1}
 
     def test_unknown_columns_are_listed(self, data_file: Write) -> None:
         message = problem(data_file, [{"text": "x", "id": 1}])
