@@ -213,9 +213,7 @@ def chosen(options: argparse.Namespace, device: torch.device) -> list[Rung]:
     found = [rung for rung in rungs() if options.compile or not rung.compiled]
     found = [rung for rung in found if not rung.bits or device.type == "cuda"]
     wanted = options.only or [""]
-    return [
-        rung for rung in found if any(name in f"{rung.name} ({rung.data})" for name in wanted)
-    ]
+    return [rung for rung in found if any(name in f"{rung.name} ({rung.data})" for name in wanted)]
 
 
 def datasets(options: argparse.Namespace, shape: llama.Shape) -> dict[str, Data]:
