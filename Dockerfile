@@ -44,7 +44,7 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     if [ -n "$TORCH_INDEX" ]; then \
       pip --python /opt/flatlora/bin/python install --disable-pip-version-check -c constraints.txt --index-url "$TORCH_INDEX" torch; \
     fi \
- && pip --python /opt/flatlora/bin/python install --disable-pip-version-check -c constraints.txt ./flatlora ".[worker,cluster,telemetry]"
+ && pip --python /opt/flatlora/bin/python install --disable-pip-version-check -c constraints.txt ./flatlora ".[worker,gpu,cluster,telemetry]"
 
 FROM packages AS api-build
 COPY . .

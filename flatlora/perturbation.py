@@ -5,7 +5,8 @@ kept for the step (resident) or made for each use (streamed).
 """
 
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -96,20 +97,18 @@ class Perturbation:
     def pause(self) -> None:
         """Let all targets compute with ``W`` until `resume` or the block's end."""
         if self._active and not self._paused:
-            self._take_back()
+            _untraced(self._take_back)
 
     def resume(self) -> None:
         """Let the targets that were paused compute with ``W + noise`` again."""
         if self._paused:
-            self._lend()
+            _untraced(self._lend)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch's own is not typed
     def _take_back(self) -> None:
         self._paused = [forward for forward in self._forwards if is_perturbed(forward.host)]
         for forward in self._paused:
             forward.take_back()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _lend(self) -> None:
         for forward in self._paused:
             forward.lend()
@@ -186,3 +185,11 @@ class Perturbation:
         self.memory = MemoryChoice("streamed", reason)
         _log.warning("flatlora streams noisy weights from now on: %s", reason)
         return True
+
+
+def _untraced(call: Callable[[], None]) -> None:
+    """Call what a compiler must not trace; without loading one, which takes seconds."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.disable(call)()  # type: ignore[no-untyped-call]
+    else:
+        call()

@@ -243,6 +243,15 @@ class JobCreate(Body):
         False, description="Stop, and succeed, after the preflight report on the data."
     )
 
+    @model_validator(mode="after")
+    def _fit_together(self) -> "JobCreate":
+        if self.resources.strategy == "fsdp":
+            if self.training.quantization:
+                raise ValueError("a quantised base cannot be divided: give strategy ddp")
+            if self.training.perturbation_memory == "resident":
+                raise ValueError("with fsdp noisy weights are streamed: not resident")
+        return self
+
     @field_validator("base_model_revision")
     @classmethod
     def _no_way_up(cls, revision: str | None) -> str | None:

@@ -85,7 +85,8 @@ class TestStart:
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         )
         base = {
-            "app.errors", "app.faults", "app.objects", "app.settings", "app.storage", "app.uris",
+            "app.devices", "app.errors", "app.faults", "app.objects", "app.settings", "app.storage",
+            "app.uris",
         }  # fmt: skip
         assert set(json.loads(done.stdout)) == base
 

@@ -169,7 +169,7 @@ class TestTrainer:
         """Of the trainer of a job that an embedded worker with such a slot has run."""
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
         settings = make_settings(
-            tmp_path, migrated_url, trainer_module="tests.worker.scripted_trainer"
+            tmp_path, migrated_url, trainer_module="tests.worker.scripted_trainer", retry_seconds=0
         )
         make_model(tmp_path / "models" / "tiny")
         (tmp_path / "rows" / "rows.jsonl").write_text("{}\n")

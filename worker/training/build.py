@@ -46,7 +46,7 @@ def look_ahead(
         plan,
         prepared.report,
         device=find_device(place.device, place.dtype),
-        tokens_per_pass=sum(map(length, largest_pass(prepared.train, plan))),
+        tokens_per_pass=sum(map(length, largest_pass(prepared.train, plan, job.training))),
         shards=job.resources.gpus if place.divided else 1,
     )
 
@@ -78,8 +78,8 @@ def build(
     answer_with_loss(base)
     use_fused_kernels(base, device)
     plan = plan or first_plan(job, base, prepared, place)
-    if plan.varlen:
-        use_varlen_attention(base, device)
+    if plan.varlen and not use_varlen_attention(base, device):
+        plan = replace(plan, varlen=False)
     model = attach_adapter(base, job)
     fast_adapters(model)
     if place.divided:

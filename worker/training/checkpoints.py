@@ -73,7 +73,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, identity: str, reporter: Reporter) -> None:
         self._folder = folder
-        self._identity = identity
+        self.identity = identity
         self._reporter = reporter
 
     def save(self, run: Run, state: State) -> None:
@@ -97,7 +97,7 @@ class Checkpoints:
             save_file(state.best_adapter, partial / BEST)
         values = {field.name: getattr(state, field.name) for field in fields(State)}
         del values["best_adapter"]
-        described = {"identity": self._identity, "plan": run.plan.to_json(), **values}
+        described = {"identity": self.identity, "plan": run.plan.to_json(), **values}
         _write_json(partial / STATE, described)
         hashes = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
         _write_json(partial / MANIFEST, hashes)
@@ -109,13 +109,18 @@ class Checkpoints:
         sync(self._folder)
         failpoint(Point.CHECKPOINT_RENAMED)
         for old in self._complete()[KEPT:]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
+        for torn in self._folder.glob("*.tmp"):
+            shutil.rmtree(torn, ignore_errors=True)
         self._reporter.event(
             "job.checkpoint", f"Checkpoint after step {state.step}.", step=state.step
         )
 
     def newest(self) -> Checkpoint | None:
-        """The newest whole checkpoint of this run; those that are damaged are told of."""
+        """The newest whole checkpoint of this run; newer ones are told of, and removed.
+
+        They would stand in the way of those that this run is going to write.
+        """
         for folder in self._complete():
             if problem := self._problem_of(folder):
                 self._reporter.event(
@@ -123,25 +128,18 @@ class Checkpoints:
                     f"{folder.name} was not used: {problem}.",
                     checkpoint=folder.name,
                 )
+                shutil.rmtree(folder, ignore_errors=True)
                 continue
             values = json.loads((folder / STATE).read_text())
             return Checkpoint(folder, values["step"], Plan(**values["plan"]))
         return None
-
-    def restore(self, run: Run) -> State | None:
-        """Put the newest whole checkpoint into the run, and return the state that belongs to it."""
-        if (checkpoint := self.newest()) is None:
-            return None
-        state = checkpoint.load(run)
-        self._reporter.event("job.resumed", f"Resumed after step {state.step}.", step=state.step)
-        return state
 
     def _complete(self) -> list[Path]:
         """Folders under their final names, newest first."""
         if not self._folder.exists():
             return []
         return sorted(
-            (path for path in self._folder.iterdir() if not path.name.endswith(".tmp")),
+            (path for path in self._folder.glob("ckpt-*") if path.suffix != ".tmp"),
             reverse=True,
         )
 
@@ -156,7 +154,7 @@ class Checkpoints:
             Plan(**values["plan"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             return f"it cannot be read ({type(error).__name__})"
-        return None if identity == self._identity else "it belongs to other settings or inputs"
+        return None if identity == self.identity else "it belongs to other settings or inputs"
 
 
 def _adapter(run: Run) -> dict[str, Tensor]:
@@ -175,19 +173,14 @@ def _moments(run: Run) -> dict[str, Tensor]:
 @torch.no_grad()
 def _load_weights(weights: dict[str, Tensor], moments: dict[str, Tensor], run: Run) -> None:
     run.optimizer.state.clear()
-    for name, parameter in run.adapter.items():
+    adapter = run.adapter
+    for name, parameter in adapter.items():
         parameter.copy_(weights[name])
-        state = {
-            key.rpartition("/")[2]: value
-            for key, value in moments.items()
-            if key.startswith(f"{name}/")
-        }
-        if state:
-            run.optimizer.state[parameter] = {
-                # AdamW keeps its step counter on the CPU unless it is fused
-                key: value if key == "step" and not _is_fused(run) else value.to(run.device)
-                for key, value in state.items()
-            }
+    for key, value in moments.items():
+        name, _, moment = key.rpartition("/")
+        # AdamW keeps its step counter on the CPU unless it is fused
+        stays = moment == "step" and not _is_fused(run)
+        run.optimizer.state[adapter[name]][moment] = value if stays else value.to(run.device)
 
 
 def _is_fused(run: Run) -> bool:

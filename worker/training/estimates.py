@@ -9,6 +9,7 @@ from worker.training.fit import freedom_of
 from worker.training.model.memory import Estimate, estimate, gib
 from worker.training.model.shape import ModelShape
 from worker.training.model.speed import Device, Work, estimate_seconds, passes_of
+from worker.training.order import evaluation_every
 from worker.training.plan import Freedom, Plan, lighter
 
 USABLE = 0.95
@@ -118,7 +119,7 @@ def _time(
 def _evaluated(job: TrainingJob, report: Mapping[str, Any]) -> int:
     """Tokens of all evaluations: one before the first step, and as many as the loop does."""
     steps: int = report["steps"]
-    every = job.evaluation.every_steps or max(20, ceil(steps / 4))
+    every = evaluation_every(job, steps)
     held_out: int = (report.get("validation") or report)["rows"]["held_out"]
     mean: float = report["tokens"]["all"] / max(1, report["rows"]["used"])
     return round((1 + ceil(steps / every)) * held_out * mean)

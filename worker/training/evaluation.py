@@ -40,7 +40,7 @@ def evaluate(
     set_mode(model, training=False)
     loss = torch.zeros((), dtype=torch.float64, device=device)
     correct = torch.zeros((), dtype=torch.int64, device=device)
-    passes = micro_batches(examples, plan)
+    passes = micro_batches(examples, plan, ranks.size)
     for sequences, is_counted in ranks.share(passes):
         found = scores(model, Batch.of(sequences, device, end_to_end=plan.varlen))
         loss += found.loss * is_counted

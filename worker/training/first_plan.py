@@ -37,7 +37,7 @@ def first_plan(
     Raises:
         ConfigInvalid: If the model is not known to keep packed rows apart, and they must be.
     """
-    settings, device, ranks = job.training, place.device, place.ranks.size
+    settings, device, ranks = job.training, place.device, job.resources.gpus
     varlen = can_use_varlen(base, device)
     packing = _packing(job, base, varlen=varlen)
     rows = [*prepared.train, *prepared.held_out]

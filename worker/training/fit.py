@@ -6,19 +6,20 @@ does not fit is found out before its first step and not at its nine hundredth.
 
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from flatlora import FlatLora, FlatLoraConfig, Memory
 from worker.training.batches import Batch
-from worker.training.config import TrainingJob
+from worker.training.config import Training, TrainingJob
 from worker.training.data.rendering import Example
 from worker.training.errors import OutOfGpuMemory
 from worker.training.model.base import checkpoint_activations
 from worker.training.model.head import summed_loss
-from worker.training.packing import Sequences, length, micro_batches
+from worker.training.model.lora import forget_inputs
+from worker.training.packing import Sequences, length
 from worker.training.plan import Freedom, Plan, lighter
 from worker.training.reporter import Reporter
 from worker.training.state import Run
@@ -79,22 +80,25 @@ def give_way(run: Run, reporter: Reporter, why: str) -> Run:
         OutOfGpuMemory: If the job allows none.
     """
     log.warning("does not fit: %s (%s)", run.plan, why)
-    plan = lighter(run.plan, freedom_of(run.job))
+    plan = lighter(run.plan, freedom_of(run.job, run.model))
     if plan is None:
         raise out_of_memory(run)
     run.optimizer.zero_grad(set_to_none=True)
+    forget_inputs(run.model)
     gc.collect()
-    torch.cuda.empty_cache()
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
     reporter.event("job.replanned", f"Memory did not suffice; now {plan.in_words()}.")
     return follow(run, plan)
 
 
-def freedom_of(job: TrainingJob) -> Freedom:
-    """What a job has left to us."""
+def freedom_of(job: TrainingJob, model: torch.nn.Module | None = None) -> Freedom:
+    """What a job has left to us, and its model can do."""
     settings = job.training
+    can_checkpoint = bool(getattr(model, "supports_gradient_checkpointing", True))
     return Freedom(
         micro_batch_size=settings.micro_batch_size is None,
-        activation_checkpointing=settings.activation_checkpointing is None,
+        activation_checkpointing=settings.activation_checkpointing is None and can_checkpoint,
         perturbation_memory=settings.perturbation_memory == "auto",
     )
 
@@ -110,7 +114,7 @@ def rehearse(run: Run) -> None:
     run.model.train()
     try:
         with run.flat.perturbed(run.total_steps - 1):
-            sequences = largest_pass(run.train, run.plan)
+            sequences = largest_pass(run.train, run.plan, run.job.training)
             batch = Batch.of(sequences, run.device, end_to_end=run.plan.varlen)
             summed_loss(run.base, batch).backward()  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(run.device)
@@ -119,26 +123,60 @@ def rehearse(run: Run) -> None:
         run.optimizer.zero_grad(set_to_none=True)
 
 
-def largest_pass(rows: Sequence[Example], plan: Plan) -> Sequences:
-    """The most tokens that any pass of the run can have: its longest rows, as many as go in."""
+def largest_pass(rows: Sequence[Example], plan: Plan, training: Training) -> Sequences:
+    """A pass as large as any of the run can be, of its longest rows.
+
+    No pass has more tokens than its sequences hold, nor more than the step that it is a part of.
+
+    Args:
+        rows: To learn from.
+        plan: What a pass takes.
+        training: Says how large a step is.
+    """
     longest = sorted(rows, key=lambda row: -len(row.ids))
-    wanted = plan.capacity * plan.sequences
-    chosen: list[Example] = []
-    tokens = 0
-    for row in longest:
-        chosen.append(row)
-        tokens += len(row.ids)
-        if tokens >= 2 * wanted and len(chosen) >= plan.sequences:
-            break
-    return max(micro_batches(chosen, plan), key=lambda passed: sum(map(length, passed)))
+    if training.batch_tokens is None:
+        longest = longest[: training.batch_size]
+        left = sum(len(row.ids) for row in longest)
+    else:
+        left = max(training.batch_tokens, len(longest[0].ids))
+    if not plan.packing:
+        fitting = [row for row in longest[: plan.sequences] if len(row.ids) <= left]
+        return [[row] for row in fitting]
+    sequences: Sequences = []
+    for row in _without_end(longest):
+        if not sequences or length(sequences[-1]) == plan.capacity:
+            if len(sequences) == plan.sequences or not left:
+                return sequences
+            sequences.append([])
+        size = min(len(row.ids), plan.capacity - length(sequences[-1]), left)
+        if not size:
+            return sequences
+        sequences[-1].append(row.cut(size))
+        left -= size
+    return sequences
+
+
+def _without_end(rows: Sequence[Example]) -> Iterator[Example]:
+    """Rows from the first to the last, and again: cut ones leave room for more."""
+    while True:
+        yield from rows
 
 
 def out_of_memory(run: Run) -> OutOfGpuMemory:
     """What the job's author is told."""
-    total = torch.cuda.get_device_properties(run.device).total_memory / 2**30
+    where = "the memory"
+    if run.device.type == "cuda":
+        total = torch.cuda.get_device_properties(run.device).total_memory / 2**30
+        where = f"the GPU's {total:.0f} GiB"
+    ways = ["lower data.max_length or rank"]
+    if run.job.training.quantization is None:
+        ways.append("set training.quantization to 4bit")
+    if freedom_of(run.job) != Freedom(True, True, True):
+        ways.append(
+            "leave training.micro_batch_size, activation_checkpointing and perturbation_memory to "
+            "the service"
+        )
+    hint = ", or ".join(ways)
     return OutOfGpuMemory(
-        f"A pass of {run.plan.in_words()} does not fit the GPU's {total:.0f} GiB.",
-        "Lower data.max_length or rank, set training.quantization to 4bit, or leave "
-        "training.micro_batch_size, activation_checkpointing and perturbation_memory to the "
-        "service.",
+        f"A pass of {run.plan.in_words()} does not fit {where}.", f"{hint[0].upper()}{hint[1:]}."
     )

@@ -22,7 +22,7 @@ from worker.training.errors import LossDiverged, Stopped
 from worker.training.evaluation import best_of, evaluate, is_exhausted, is_finite
 from worker.training.model.head import summed_loss
 from worker.training.optimizer import learning_rate_at, set_learning_rate
-from worker.training.order import RowOrder
+from worker.training.order import RowOrder, evaluation_every
 from worker.training.packing import micro_batches
 from worker.training.reporter import Control, Reporter, Wish
 from worker.training.state import Run, State, copy_of_adapter
@@ -43,7 +43,7 @@ def train(
     """
     job, settings = run.job, run.job.training
     order = RowOrder([len(row.ids) for row in run.train], settings, job.seed)
-    evaluate_every = job.evaluation.every_steps or max(20, math.ceil(run.total_steps / 4))
+    evaluate_every = evaluation_every(job, run.total_steps)
     checkpoint_every = settings.checkpoint_steps or max(10, math.ceil(run.total_steps / 10))
     adapter = list(run.adapter.values())
     if not state.held_out:
@@ -107,8 +107,9 @@ def _forward_backward(run: Run, step: int, rows: Sequence[Example]) -> Tensor:
     """
     targets = sum(row.targets for row in rows)
     loss = torch.zeros((), device=run.device)
+    passes = micro_batches(rows, run.plan, run.ranks.size)
     with run.flat.perturbed(step):
-        for sequences, is_counted in run.ranks.share(micro_batches(rows, run.plan)):
+        for sequences, is_counted in run.ranks.share(passes):
             batch = Batch.of(sequences, run.device, end_to_end=run.plan.varlen)
             share = summed_loss(run.base, batch) * (is_counted / targets)
             share.backward()  # type: ignore[no-untyped-call]

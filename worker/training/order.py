@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int64
 
-from worker.training.config import Training
+from worker.training.config import Training, TrainingJob
 
 
 class RowOrder:
@@ -110,3 +110,8 @@ def total_steps(training: Training, lengths: Sequence[int], seed: int) -> int:
         return training.max_steps
     assert training.epochs is not None
     return RowOrder(lengths, training, seed).steps(training.epochs)
+
+
+def evaluation_every(job: TrainingJob, steps: int) -> int:
+    """Steps between two evaluations; the last step has one in any case."""
+    return job.evaluation.every_steps or max(20, math.ceil(steps / 4))

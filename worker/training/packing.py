@@ -5,6 +5,7 @@ and the step's loss, a sum over its tokens, is the same packed or not.
 """
 
 import bisect
+import math
 from collections.abc import Sequence
 
 from worker.training.data.rendering import Example
@@ -14,14 +15,17 @@ Sequences = list[list[Example]]
 """Sequences of a forward pass, each of one row or of several end to end."""
 
 
-def micro_batches(rows: Sequence[Example], plan: Plan) -> list[Sequences]:
+def micro_batches(rows: Sequence[Example], plan: Plan, ranks: int = 1) -> list[Sequences]:
     """The forward passes of a step: the longest sequences first, so memory runs out at once.
 
     Args:
         rows: The step's rows.
         plan: How many tokens or sequences a pass takes, and whether rows share sequences.
+        ranks: That share the passes: sequences are no longer than lets each have some.
     """
-    sequences = best_fit(rows, plan.capacity) if plan.packing else [[row] for row in rows]
+    even = math.ceil(length(rows) / ranks)
+    capacity = min(plan.capacity, even)
+    sequences = best_fit(rows, capacity) if plan.packing else [[row] for row in rows]
     ordered = sorted(sequences, key=lambda sequence: -length(sequence))
     size = plan.sequences
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]

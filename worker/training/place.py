@@ -39,6 +39,11 @@ class Place:
         return cls(device, dtype, divided, Ranks(device, in_lockstep=divided))
 
     @property
+    def strategy(self) -> str:
+        """What each rank holds of the base, by the name that jobs use."""
+        return "fsdp" if self.divided else "ddp"
+
+    @property
     def precision(self) -> str:
         """The type by its name."""
         return str(self.dtype).removeprefix("torch.")

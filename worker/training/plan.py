@@ -1,7 +1,8 @@
 """How a run computes: what fits the device's memory, decided once and kept for all attempts.
 
-A plan changes how fast a run is and how much memory it takes, and no result but by rounding. It is
-written down before the first step, because a resumed run must round as the one before it did.
+A plan changes how fast a run is and how much memory it takes, and no result but by rounding (and
+which elements dropout drops). It is written down before the first step, because a resumed run must
+round as the one before it did.
 """
 
 import json
@@ -47,11 +48,6 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """As it is kept in checkpoints."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, text: str) -> "Plan":
-        """What `to_json` has given, as text."""
-        return cls(**json.loads(text))
 
     def in_words(self) -> str:
         """For the job's history."""
@@ -107,19 +103,30 @@ def lighter(plan: Plan, freedom: Freedom) -> Plan | None:
 FILE = "plan.json"
 
 
-def write_plan(folder: Path, identity: str, plan: Plan) -> None:
+@dataclass(frozen=True)
+class Written:
+    """A plan and the step from which on it holds."""
+
+    plan: Plan
+    from_step: int
+
+
+def write_plan(folder: Path, identity: str, plan: Plan, from_step: int) -> None:
     """Keep a plan for later attempts of the same run; on the disk when this returns."""
     partial = folder / (FILE + ".part")
-    partial.write_text(json.dumps({"identity": identity, "plan": plan.to_json()}))
+    record = {"identity": identity, "plan": plan.to_json(), "from_step": from_step}
+    partial.write_text(json.dumps(record))
     sync(partial)
     partial.rename(folder / FILE)
     sync(folder)
 
 
-def read_plan(folder: Path, identity: str) -> Plan | None:
+def read_plan(folder: Path, identity: str) -> Written | None:
     """The plan of an earlier attempt, unless its settings or inputs were others."""
     try:
         record = json.loads((folder / FILE).read_text())
-        return Plan(**record["plan"]) if record["identity"] == identity else None
+        if record["identity"] != identity:
+            return None
+        return Written(Plan(**record["plan"]), int(record["from_step"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -58,21 +58,20 @@ def run(job: TrainingJob, folder: Path, reporter: Reporter, control: Control) ->
     if job.dry_run:
         return {"dry_run": True}
     reporter.phase("loading")
-    inputs = describe_inputs(job, prepared, place.ranks)
+    inputs = describe_inputs(job, prepared, place)
     identity = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     checkpoints = Checkpoints(folder / "checkpoints", identity, reporter)
     with _deterministic():
         checkpoint = checkpoints.newest()
-        known = place.ranks.first_tells(_known_plan(folder, identity, checkpoint))
-        plan = Plan.from_json(known) if known else proposed
-        this_run = build(job, prepared, place, plan, is_settled=bool(known))
-        if not (known or place.divided):
+        known = plan_of_attempt(folder, identity, checkpoint)
+        plan, is_settled = _agreed(known or proposed, place.ranks, is_settled=known is not None)
+        this_run = build(job, prepared, place, plan, is_settled=is_settled)
+        if not (is_settled or place.divided):
             this_run = fit(this_run, reporter)
-        if place.ranks.is_first:
-            write_plan(folder, identity, this_run.plan)
         state = _go_on(this_run, checkpoint, reporter)
+        keep_plan(folder, identity, this_run, state)
         reporter.phase("training")
-        this_run, state = _train(this_run, state, checkpoints, reporter, control)
+        this_run, state = _train(this_run, state, checkpoints, reporter, control, folder)
         put_adapter(this_run, state.best_adapter)
         result = _result(this_run, state, place)
         if place.ranks.is_first:
@@ -84,10 +83,26 @@ def run(job: TrainingJob, folder: Path, reporter: Reporter, control: Control) ->
     return result
 
 
-def _known_plan(folder: Path, identity: str, checkpoint: Checkpoint | None) -> str:
-    """The plan of the newest checkpoint, or of an attempt that has left none; or nothing."""
-    plan = checkpoint.plan if checkpoint else read_plan(folder, identity)
-    return json.dumps(plan.to_json()) if plan else ""
+def _agreed(plan: Plan | None, ranks: Ranks, *, is_settled: bool) -> tuple[Plan | None, bool]:
+    """The first rank's plan for all: each has found its own by its own card's memory."""
+    told = ranks.first_tells(json.dumps([plan.to_json() if plan else None, is_settled]))
+    values, settled = json.loads(told)
+    return Plan(**values) if values else None, settled
+
+
+def keep_plan(folder: Path, identity: str, this_run: Run, state: State) -> None:
+    """Write down by which plan the steps from here on are computed."""
+    if this_run.ranks.is_first:
+        write_plan(folder, identity, this_run.plan, state.step)
+
+
+def plan_of_attempt(folder: Path, identity: str, checkpoint: Checkpoint | None) -> Plan | None:
+    """The plan by which an earlier attempt has computed, or was going to, after this checkpoint."""
+    written = read_plan(folder, identity)
+    step = checkpoint.step if checkpoint else 0
+    if written and written.from_step >= step:
+        return written.plan
+    return checkpoint.plan if checkpoint else None
 
 
 def _go_on(this_run: Run, checkpoint: Checkpoint | None, reporter: Reporter) -> State:
@@ -99,11 +114,16 @@ def _go_on(this_run: Run, checkpoint: Checkpoint | None, reporter: Reporter) -> 
 
 
 def _train(
-    this_run: Run, state: State, checkpoints: Checkpoints, reporter: Reporter, control: Control
+    this_run: Run,
+    state: State,
+    checkpoints: Checkpoints,
+    reporter: Reporter,
+    control: Control,
+    folder: Path,
 ) -> tuple[Run, State]:
     """Train to the end. Where memory runs out, go on from the newest checkpoint by a lighter plan.
 
-    An attempt that is killed after that meets the same at the same step, so it makes the same bits.
+    That is written down, so an attempt that is killed after it computes the same steps by it.
     """
     beginning = copy_of_adapter(this_run)
     while True:
@@ -120,21 +140,22 @@ def _train(
             put_adapter(this_run, beginning)
             this_run.optimizer.state.clear()
         state = _go_on(this_run, checkpoint, reporter)
+        keep_plan(folder, checkpoints.identity, this_run, state)
 
 
 def put_adapter(this_run: Run, weights: Mapping[str, Tensor]) -> None:
     """Give the adapter other weights."""
+    adapter = this_run.adapter
     with torch.no_grad():
         for name, weight in weights.items():
-            this_run.adapter[name].copy_(weight)
+            adapter[name].copy_(weight)
 
 
-def describe_inputs(
-    job: TrainingJob, prepared: Prepared, ranks: Ranks | None = None
-) -> dict[str, Any]:
+def describe_inputs(job: TrainingJob, prepared: Prepared, place: Place) -> dict[str, Any]:
     """All that determines the adapter, by content: settings, and hashes of what went in."""
-    is_first = ranks is None or ranks.is_first  # the others need not read the base once more
-    files = json.dumps(hash_folder(job.base_model.path) if is_first else {})
+    ranks = place.ranks
+    # the others need not read the base once more
+    files = json.dumps(hash_folder(job.base_model.path) if ranks.is_first else {})
     settings = asdict(job)
     for group in ("job_id", "base_model", "dataset", "validation", "dry_run", "clock"):
         del settings[group]
@@ -142,13 +163,15 @@ def describe_inputs(
         "base_model": {
             "name": job.base_model.name,
             "revision": job.base_model.revision,
-            "files": json.loads(ranks.first_tells(files) if ranks else files),
+            "files": json.loads(ranks.first_tells(files)),
         },
         "dataset": {"uri": job.dataset.uri, "sha256": job.dataset.sha256},
         "validation": job.validation
         and {"uri": job.validation.uri, "sha256": job.validation.sha256},
         "tokens_sha256": fingerprint(prepared),
         "settings": settings,
+        "precision": place.precision,
+        "strategy": place.strategy,
     }
 
 
@@ -178,7 +201,7 @@ def _result(this_run: Run, state: State, place: Place) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in this_run.model.parameters()) - trainable,
         "precision": place.precision,
         "gpus": place.ranks.size,
-        "strategy": "fsdp" if place.divided else "ddp",
+        "strategy": place.strategy,
         "plan": this_run.plan.to_json(),
     }
 

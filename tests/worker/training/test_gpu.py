@@ -12,8 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from tests.worker.training.conftest import Recorder, chat, folder_bytes
 from tests.worker.training.killing import describe, finish, kill_at_random
@@ -21,10 +23,12 @@ from tests.worker.training.packed import ROWS as EXAMPLES
 from tests.worker.training.packed import make_model
 from worker.training.batches import Batch
 from worker.training.config import TrainingJob
+from worker.training.data.rendering import Example
 from worker.training.errors import OutOfGpuMemory, Stopped
 from worker.training.model.attention import ISOLATES_ROWS, use_varlen_attention
 from worker.training.model.head import summed_loss
 from worker.training.model.kernels import use_fused_kernels
+from worker.training.model.lora import fast_adapters
 from worker.training.packing import best_fit
 from worker.training.result.verify import verify
 from worker.training.run import run
@@ -101,18 +105,67 @@ def test_the_finished_adapter_passes_its_check(
     assert recorder.steps[-1]["gpu_memory_bytes"] > 0
 
 
+def adapted(family: str, device: torch.device, dtype: torch.dtype) -> PeftModel:
+    """Weights so large that what attention does shows in the loss, in float64 on the CPU."""
+    base = make_model(family)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(2)
+        for parameter in base.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.4)
+    base.to(device, dtype)  # type: ignore[arg-type] # transformers' own signature lost its self
+    if device.type == "cuda":
+        use_fused_kernels(base, device)
+        assert use_varlen_attention(base, device)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+    model = get_peft_model(base, config)
+    assert isinstance(model, PeftModel)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(3)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape) * 0.2)
+    fast_adapters(model)
+    return model.train()
+
+
+def losses_and_gradients(
+    model: PeftModel, passes: list[Batch]
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    losses = []
+    for batch in passes:
+        loss = summed_loss(model.get_base_model(), batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        losses.append(loss.item())
+    named = model.named_parameters()
+    found = {name: p.grad.double().cpu() for name, p in named if p.grad is not None}
+    return losses, found
+
+
 @pytest.mark.parametrize("family", sorted(ISOLATES_ROWS))
-def test_rows_end_to_end_have_the_loss_of_the_rows_alone(family: str) -> None:
-    """In bfloat16 with fused kernels, against plain float64 on the CPU."""
-    exact = make_model(family)
-    alone = sum(
-        summed_loss(exact, Batch.of([[row]], torch.device("cpu"))).item() for row in EXAMPLES
-    )
-    model = make_model(family).to(GPU, torch.bfloat16)  # type: ignore[arg-type]
-    use_fused_kernels(model, GPU)
-    assert use_varlen_attention(model, GPU)
+def test_rows_end_to_end_have_the_gradients_of_the_rows_alone(family: str) -> None:
+    """In bfloat16 with fused kernels, against plain float64 on the CPU; and others do not."""
+    cpu = torch.device("cpu")
+    exact = adapted(family, cpu, torch.float64)
+    losses, alone = losses_and_gradients(exact, [Batch.of([[row]], cpu) for row in EXAMPLES])
+    exact.zero_grad()
+    joined = [Example(np.concatenate([row.ids for row in EXAMPLES]),
+                      np.concatenate([row.in_loss for row in EXAMPLES]))]  # fmt: skip
+    _, leaking = losses_and_gradients(exact, [Batch.of([joined], cpu)])
+    model = adapted(family, GPU, torch.bfloat16)
     batch = Batch.of(best_fit(EXAMPLES, 64), GPU, end_to_end=True)
-    assert summed_loss(model, batch).item() == pytest.approx(alone, rel=5e-3)
+    packed, found = losses_and_gradients(model, [batch])
+    rounding = adapted(family, cpu, torch.bfloat16)
+    _, rounded = losses_and_gradients(rounding, [Batch.of(best_fit(EXAMPLES, 64), cpu)])
+    assert packed[0] == pytest.approx(sum(losses), rel=2e-2)
+    allowed = 2 * apart(rounded, alone) + 0.01
+    assert apart(found, alone) < allowed < apart(leaking, alone)
+
+
+def apart(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Length of the difference of two gradients, a share of the second's."""
+    squares = sum(float((found[name] - expected[name]).square().sum()) for name in expected)
+    return float((squares / sum(float(g.square().sum()) for g in expected.values())) ** 0.5)
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 from tests.worker.training.conftest import Recorder
 from tests.worker.training.packed import ROWS, VOCABULARY, make_model, make_rows
 from worker.training.batches import Batch
-from worker.training.config import TrainingJob
+from worker.training.config import Training, TrainingJob
 from worker.training.data.rendering import Example
 from worker.training.errors import ConfigInvalid
 from worker.training.evaluation import evaluate
+from worker.training.fit import largest_pass
 from worker.training.model.attention import ISOLATES_ROWS
 from worker.training.model.head import summed_loss
 from worker.training.packing import best_fit, length, micro_batches
@@ -138,6 +139,25 @@ def test_every_row_is_in_one_pass_once_and_no_pass_is_too_large(
     longest = [max(map(length, sequences)) for sequences in passes]
     assert longest == sorted(longest, reverse=True)
     assert micro_batches(rows, plan) == passes
+
+
+@given(steps(), st.integers(1, 12), st.integers(1, 3))
+def test_no_pass_is_larger_than_the_one_that_is_tried_first(
+    step: tuple[list[Example], Plan], batch_size: int, ranks: int
+) -> None:
+    rows, plan = step
+    tried = sum(map(length, largest_pass(rows, plan, Training(batch_size=batch_size))))
+    longest = sorted(rows, key=lambda row: -len(row.ids))[:batch_size]
+    for some in (rows[:batch_size], rows[-batch_size:], longest):
+        found = [sum(map(length, sequences)) for sequences in micro_batches(some, plan, ranks)]
+        assert max(found) <= tried
+    assert tried <= sum(len(row.ids) for row in longest)
+
+
+def test_ranks_have_as_many_passes_though_one_would_hold_all() -> None:
+    plan = Plan(max_length=1000, micro_batch_size=4, packing=True, varlen=True)
+    passes = micro_batches(make_rows(*[100] * 16), plan, ranks=4)
+    assert [sum(map(length, sequences)) for sequences in passes] == [400] * 4
 
 
 def test_best_fit_wastes_little() -> None:

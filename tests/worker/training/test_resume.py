@@ -104,6 +104,14 @@ class TestCheckpoints:
         assert types[:2] == ["job.checkpoint_refused", "job.resumed"]
         assert resumed.steps[0]["step"] == 5
 
+    def test_refused_ones_do_not_crowd_out_what_comes_after_them(
+        self, make_job: Make, job: TrainingJob, tmp_path: Path
+    ) -> None:
+        folder, other = tmp_path / "other", make_job(sigma=0.1)
+        stop_after(job, folder, 7)
+        stop_after(other, folder, 3)
+        assert finish(other, folder).steps[0]["step"] == 4
+
     def test_with_all_damaged_it_starts_again(
         self, job: TrainingJob, unbroken: dict[str, bytes], tmp_path: Path
     ) -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from worker.training.config import TrainingJob
 from worker.training.data.conversations import Conversation
 from worker.training.data.reading import Read, Usable
 from worker.training.data.rendering import Example, Renderer
-from worker.training.order import RowOrder, total_steps
+from worker.training.order import RowOrder, evaluation_every, total_steps
 
 BAD_ROWS_SHOWN = 20
 
@@ -36,6 +37,7 @@ def describe(
     found = dataset.found
     lengths = np.array([len(example.ids) for example in train])
     used = len(train)
+    steps = total_steps(job.training, lengths.tolist(), job.seed)
     report = {
         "format": _format(found),
         "rows": {
@@ -59,10 +61,13 @@ def describe(
             "max": int(lengths.max()),
             "limit": max_length,
         },
-        "steps": total_steps(job.training, lengths.tolist(), job.seed),
+        "steps": steps,
         "tokens_per_step": _tokens_per_step(job, lengths.tolist()),
         "first_example": renderer.segments(train[0]),
-        "warnings": list(_warnings(job, dataset, validation, renderer, max_length)),
+        "warnings": [
+            *_warnings(job, dataset, validation, renderer, max_length),
+            *_idle_settings(job, steps),
+        ],
     }
     if validation:
         report["validation"] = _describe_validation(validation, job.evaluation.max_rows)
@@ -139,6 +144,19 @@ def _warnings(
         held_out = validation.conversations[: job.evaluation.max_rows]
         if both := sum(conversation.canonical() in seen for conversation in held_out):
             yield f"{both} held-out rows are also among the rows to train on."
+
+
+def _idle_settings(job: TrainingJob, steps: int) -> Iterator[str]:
+    """Settings that this job gives nothing to do."""
+    settings = job.evaluation
+    evaluations = ceil(steps / evaluation_every(job, steps))
+    if settings.patience and settings.patience >= evaluations:
+        yield (
+            f"evaluation.patience is {settings.patience}, and there are {evaluations} evaluations: "
+            "the run will not end early. Lower it, or evaluation.every_steps."
+        )
+    if settings.min_delta and settings.patience is None and settings.keep == "last":
+        yield "evaluation.min_delta does nothing without evaluation.patience or keep: best."
 
 
 def describe_report(report: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -43,16 +43,15 @@ def use_varlen_attention(model: PreTrainedModel, device: torch.device) -> bool:
 
 def can_use_varlen(model: PreTrainedModel, device: torch.device) -> bool:
     """Whether `use_varlen_attention` serves a model."""
+    if device.type != "cuda" or model.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return False
     config: Any = model.config.get_text_config()
+    if config.model_type not in ISOLATES_ROWS or getattr(config, "attn_logit_softcapping", None):
+        return False
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return bool(
-        device.type == "cuda"
-        and model.dtype in (torch.bfloat16, torch.float16)
-        and head % 8 == 0
-        and head <= 256
-        and not getattr(config, "attn_logit_softcapping", None)
-        and config.model_type in ISOLATES_ROWS
-    )
+    return bool(head % 8 == 0 and head <= 256)
 
 
 ISOLATES_ROWS = frozenset(

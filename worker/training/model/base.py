@@ -21,7 +21,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from worker.training.config import BaseModel, Quantization, Training, TrainingJob
-from worker.training.errors import BaseModelUnavailable, ConfigInvalid
+from worker.training.errors import BaseModelUnavailable, ConfigInvalid, OutOfGpuMemory
 from worker.training.files import sha256_of
 
 log = logging.getLogger(__name__)
@@ -109,6 +109,8 @@ def load_base(
             output_loading_info=True,
             **_quantized(quantization, device, dtype),
         )
+    except torch.OutOfMemoryError as error:
+        raise _too_large(base) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         log.exception("base model cannot be loaded")
         raise BaseModelUnavailable(
@@ -120,8 +122,18 @@ def load_base(
     model.config.use_cache = False
     model.requires_grad_(False)
     if quantization is None:  # else it was loaded where it stays
-        model.to(device)  # type: ignore[arg-type] # transformers' own signature has lost its self
+        try:
+            model.to(device)  # type: ignore[arg-type] # transformers' signature has lost its self
+        except torch.OutOfMemoryError as error:
+            raise _too_large(base) from error
     return model
+
+
+def _too_large(base: BaseModel) -> OutOfGpuMemory:
+    return OutOfGpuMemory(
+        f"The GPU's memory does not suffice for {base.name} alone.",
+        "Set training.quantization to 4bit, or resources.gpus to more than one with strategy fsdp.",
+    )
 
 
 def _quantized(
@@ -137,7 +149,7 @@ def _quantized(
     if find_spec("bitsandbytes") is None:
         raise ConfigInvalid(
             f"training.quantization is {quantization}, and this worker has no bitsandbytes.",
-            "Install it on the worker (pip install bitsandbytes), or leave quantization out.",
+            "Install flatlora-service[gpu] on the worker, or leave quantization out.",
         )
     options: dict[str, Any] = {"load_in_8bit": True}
     if quantization == "4bit":
@@ -174,6 +186,11 @@ def checkpoint_activations(model: nn.Module, *, on: bool) -> None:
     verb = "enable" if on else "disable"
     new, old = f"activation_checkpointing_{verb}", f"gradient_checkpointing_{verb}"
     switch: Any = getattr(model, new, None) or getattr(model, old)
+    if on and not getattr(model, "supports_gradient_checkpointing", True):
+        raise ConfigInvalid(
+            f"{type(model).__name__} cannot compute its activations again.",
+            "Leave training.activation_checkpointing out.",
+        )
     if on:
         switch({"use_reentrant": False})
     else:
@@ -202,7 +219,7 @@ def attach_adapter(model: PreTrainedModel, job: TrainingJob) -> PeftModel:
         task_type="CAUSAL_LM",
         r=job.lora.rank,
         lora_alpha=job.lora.alpha,  # type: ignore[arg-type] # PEFT scales by any number
-        target_modules=job.lora.target_modules,
+        target_modules=_targets(model, job),
         lora_dropout=job.lora.dropout,
         use_rslora=job.lora.rslora,
     )
@@ -214,6 +231,24 @@ def attach_adapter(model: PreTrainedModel, job: TrainingJob) -> PeftModel:
         ) from error
     assert isinstance(adapted, PeftModel)
     return adapted
+
+
+def _targets(model: Any, job: TrainingJob) -> list[str] | str:
+    """What PEFT adapts: of a model that also sees or hears, only what reads and writes text."""
+    wanted = job.lora.target_modules
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if wanted != "all-linear" or decoder is None:
+        return wanted
+    inside = set(decoder.modules())
+    head = model.get_output_embeddings()
+    linear = {
+        name: module in inside
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    if all(linear.values()):
+        return wanted
+    return sorted(name for name, is_inside in linear.items() if is_inside)
 
 
 def _check_targets(model: PreTrainedModel, job: TrainingJob) -> None:

@@ -10,7 +10,7 @@ its result belongs:
 
 Layers that read the same ``x`` (q, k and v; gate and up) do the products with it as one. The base
 is called as it is, so whatever computes there (a noisy weight, a quantised one) is not known here.
-Gradients of ``A`` and ``B`` leave their product in float32.
+On a GPU gradients of ``A`` and ``B`` leave their product in float32.
 """
 
 from collections import defaultdict
@@ -67,6 +67,14 @@ def _is_plain(layer: Any) -> bool:
     return all(type(part) is nn.Linear for part in layer.lora_A.values())
 
 
+def forget_inputs(model: nn.Module) -> None:
+    """Let go of what a pass that has failed was going to use; it holds that pass's graph."""
+    for layer in model.modules():
+        forward: Any = layer.forward
+        if isinstance(forward, _FastForward):
+            forward.shared.forget()
+
+
 class _FastForward:
     """The forward of one layer."""
 
@@ -114,19 +122,27 @@ class _SharedInput:
         self._forwards = forwards
         self._x: Tensor | None = None
         self._same: Tensor | None = None
+        self._has_graph = False
         self._waiting: dict[_FastForward, Tensor] = {}
+
+    def forget(self) -> None:
+        """Drop what waits for layers that have not come."""
+        self._x = self._same = None
+        self._waiting = {}
 
     def down(self, forward: _FastForward, x: Tensor) -> tuple[Tensor, Tensor]:
         """``x`` itself, for the base, and ``x A^T`` of one layer.
 
         The first layer computes it for all; one that comes with another input begins anew.
         """
-        if x is self._x and forward in self._waiting:
+        has_graph = torch.is_grad_enabled()
+        if x is self._x and forward in self._waiting and has_graph == self._has_graph:
             return self._take(forward)
+        self.forget()
         together = [one for one in self._forwards if one.adapter is not None]
         weights = [one.a for one in together]
         same, *hidden = _Down.apply(x, *weights)  # type: ignore[no-untyped-call]
-        self._x, self._same = x, same
+        self._x, self._same, self._has_graph = x, same, has_graph
         self._waiting = dict(zip(together, hidden, strict=True))
         return self._take(forward)
 

@@ -42,6 +42,17 @@ def is_divided(job: TrainingJob, device: torch.device, dtype: torch.dtype) -> bo
             "resources.strategy is fsdp, which divides the base among GPUs, and the job has one.",
             "Raise resources.gpus, or leave strategy out.",
         )
+    if wanted == "fsdp" and job.training.quantization:
+        raise ConfigInvalid(
+            f"resources.strategy is fsdp; a {job.training.quantization} base cannot be divided.",
+            "Set strategy to ddp: a quantised base needs a fraction of the memory.",
+        )
+    if wanted == "fsdp" and job.training.perturbation_memory == "resident":
+        raise ConfigInvalid(
+            "training.perturbation_memory is resident, and with resources.strategy fsdp every GPU "
+            "would keep a copy of what is divided.",
+            "Leave perturbation_memory out.",
+        )
     if wanted != "auto" or gpus == 1:
         return wanted == "fsdp"
     return is_too_large(job, device, dtype)

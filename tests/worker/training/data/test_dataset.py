@@ -291,3 +291,23 @@ class TestFingerprint:
             replace(found, train=[*found.train, *found.held_out], held_out=[]),
         ]
         assert len({fingerprint(variant) for variant in variants}) == len(variants)
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "told"),
+    [
+        (
+            {"patience": 2, "every_steps": 4},
+            "patience is 2, and there are 2 evaluations",
+        ),
+        ({"patience": 1, "every_steps": 4}, None),
+        ({"min_delta": 0.1, "every_steps": 4}, "evaluation.min_delta does nothing"),
+        ({"min_delta": 0.1, "keep": "best", "every_steps": 4}, None),
+    ],
+)
+def test_settings_that_have_nothing_to_do_are_told(
+    make_job: Make, evaluation: dict[str, Any], told: str | None
+) -> None:
+    job = replace(make_job(), evaluation=Evaluation(max_rows=3, **evaluation))
+    warnings = prepared(job).report["warnings"]
+    assert (told in " ".join(warnings)) if told else warnings == []

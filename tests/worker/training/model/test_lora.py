@@ -1,7 +1,9 @@
 """The fast LoRA path computes what PEFT computes, forward and backward."""
 
 import copy
-from typing import Any
+import gc
+import weakref
+from typing import Any, cast
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from flatlora import FlatLora, FlatLoraConfig
 from worker.training.model.base import checkpoint_activations
-from worker.training.model.lora import fast_adapters
+from worker.training.model.lora import fast_adapters, forget_inputs
 
 IDS = torch.arange(2 * 9).view(2, 9)
 
@@ -133,6 +135,54 @@ def test_adapters_that_are_off_or_merged_compute_as_in_peft() -> None:
             torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits)
         ours.merge_adapter()
         torch.testing.assert_close(ours(IDS).logits, theirs(IDS).logits)
+
+
+class Full(nn.Module):
+    """A base for which memory does not suffice, once."""
+
+    def __init__(self, usual: nn.Module) -> None:
+        super().__init__()
+        self.usual, self.has_failed = usual, False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.has_failed:
+            self.has_failed = True
+            raise torch.OutOfMemoryError
+        return cast(torch.Tensor, self.usual(x))
+
+
+def test_a_pass_that_has_failed_leaves_nothing_behind() -> None:
+    ours, theirs = make_model(), make_model()
+    fast_adapters(ours)
+    base: Any = ours.get_base_model()
+    layer = base.model.layers[1].mlp.gate_proj
+    usual = layer.base_layer
+    layer.base_layer = Full(usual)
+    kept: list[weakref.ref[Any]] = []
+    has_failed = False
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: _Kept(kept, saved), _Kept.tensor):
+        try:
+            ours(input_ids=IDS, labels=IDS)
+        except torch.OutOfMemoryError:  # not pytest.raises, which keeps the frames
+            has_failed = True
+    assert has_failed
+    assert any(reference() for reference in kept)
+    forget_inputs(ours)
+    gc.collect()
+    assert not any(reference() for reference in kept)
+    layer.base_layer = usual
+    assert_same(ours, theirs)
+
+
+class _Kept:
+    """What autograd keeps for the backward pass, as something that can be seen to go."""
+
+    def __init__(self, kept: "list[weakref.ref[Any]]", saved: torch.Tensor) -> None:
+        kept.append(weakref.ref(self))
+        self.saved = saved.detach()  # else what a node has made keeps the node
+
+    def tensor(self) -> torch.Tensor:
+        return self.saved
 
 
 def test_other_kinds_keep_their_way() -> None:
