@@ -81,14 +81,15 @@ class TestRealTrainer:
         cluster.check()
 
 
-KINDS: list[What] = [
-    "trainer", "pool child", "celery main", "worker parent", "api", "api server", "postgres",
-    "redis",
-]  # fmt: skip
+KINDS: list[What] = ["api", "api server", "postgres", "redis"]
+AS_IN_TEST_KILLED: list[What] = ["trainer", "pool child", "celery main", "worker parent"]
 
 
 class TestKill:
-    @pytest.mark.parametrize("what", KINDS)
+    @pytest.mark.parametrize(
+        "what",
+        [*KINDS, *(pytest.param(what, marks=pytest.mark.torture) for what in AS_IN_TEST_KILLED)],
+    )
     def test_what_is_killed_is_gone_and_the_job_goes_on(self, cluster: Cluster, what: What) -> None:
         job_id = cluster.submit(steps=60, step_ms=20)
         cluster.wait(job_id, lambda row: row["step"] >= 12)
