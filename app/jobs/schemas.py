@@ -89,7 +89,9 @@ class TrainingOptions(Body):
         None, description="Passes over the rows. Default 3 if max_steps is not given."
     )
     max_steps: Positive | None = Field(None, description="Optimizer steps; instead of epochs.")
-    batch_size: Positive = Field(16, description="Rows per optimizer step.")
+    batch_size: Positive | None = Field(
+        None, description="Rows per optimizer step. Default 16 if batch_tokens is not given."
+    )
     batch_tokens: Positive | None = Field(
         None,
         description="Tokens per optimizer step, instead of batch_size: as many rows as fit.",
@@ -138,7 +140,7 @@ class TrainingOptions(Body):
     def _one_length(self) -> "TrainingOptions":
         if self.epochs is not None and self.max_steps is not None:
             raise ValueError("give epochs or max_steps, not both")
-        if self.batch_tokens is not None and "batch_size" in self.model_fields_set:
+        if self.batch_tokens is not None and self.batch_size is not None:
             raise ValueError("give batch_size (rows) or batch_tokens, not both")
         return self
 
@@ -159,7 +161,7 @@ class EvaluationOptions(Body):
         description="Evaluations without a lower held-out loss after which the run ends early.",
     )
     min_delta: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="By how much a held-out loss must be lower to count as lower."
+        0.0, description="By how much a held-out loss must be lower for patience to begin anew."
     )
     keep: Literal["last", "best"] = Field(
         "last", description="The finished adapter: of the last step, or of the lowest loss."
@@ -191,8 +193,8 @@ class Resources(Body):
 
 
 LATER_TRAINING = [
-    "activation_checkpointing", "batch_tokens", "loraplus_lr_ratio", "micro_batch_size", "packing",
-    "quantization",
+    "activation_checkpointing", "batch_size", "batch_tokens", "loraplus_lr_ratio",
+    "micro_batch_size", "packing", "quantization",
 ]  # fmt: skip
 LATER_EVALUATION = ["keep", "min_delta", "patience"]
 LATER_RESOURCES = ["gpus", "max_queue_time", "strategy"]
@@ -279,6 +281,8 @@ class JobCreate(Body):
         training, lora = self.training, self.lora
         if training.epochs is None and training.max_steps is None:
             training = training.model_copy(update={"epochs": 3.0})
+        if training.batch_size is None and training.batch_tokens is None:
+            training = training.model_copy(update={"batch_size": 16})
         if lora.alpha is None:
             lora = lora.model_copy(update={"alpha": 2.0 * self.rank})
         return self.model_copy(update={"training": training, "lora": lora})

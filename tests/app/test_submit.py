@@ -332,3 +332,18 @@ class TestIdempotencyKey:
         assert count_jobs(any_service) == 1
         with Session(any_service.engine) as session:
             assert session.scalar(select(func.count()).select_from(EventRow)) == 1
+
+
+class TestTokens:
+    """A step that is measured in tokens has no number of rows."""
+
+    def test_it_is_accepted_shown_and_can_be_submitted_again(self, service: Service) -> None:
+        job = service.submit(training={"batch_tokens": 2000})
+        assert job["spec"]["training"]["batch_size"] is None
+        assert service.get(f"/jobs/{job['id']}")["spec"] == job["spec"]
+        assert service.submit(**job["spec"])["spec"] == job["spec"]
+        assert service.get("/jobs")["items"][0]["spec"] == job["spec"]
+
+    def test_both_are_refused(self, service: Service) -> None:
+        body = service.body | {"training": {"batch_tokens": 2000, "batch_size": 8}}
+        assert "not both" in service.post(body).text

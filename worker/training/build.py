@@ -1,5 +1,6 @@
 """The model with its adapter and all that a step needs, by a plan that fits the device."""
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,13 @@ from worker.training.estimates import estimates
 from worker.training.first_plan import first_plan
 from worker.training.fit import largest_pass, perturbation
 from worker.training.model.attention import use_varlen_attention
-from worker.training.model.base import attach_adapter, checkpoint_activations, load_base
+from worker.training.model.base import (
+    attach_adapter,
+    check_quantization,
+    check_targets,
+    checkpoint_activations,
+    load_base,
+)
 from worker.training.model.head import answer_with_loss
 from worker.training.model.kernels import use_fused_kernels
 from worker.training.model.lora import fast_adapters
@@ -26,6 +33,10 @@ from worker.training.place import Place
 from worker.training.plan import Memory, Plan
 from worker.training.state import Run
 
+log = logging.getLogger(__name__)
+
+NOT_DESCRIBED = "Memory and time cannot be told of this model before it is loaded."
+
 
 def look_ahead(
     job: TrainingJob, prepared: Prepared, place: Place
@@ -33,12 +44,21 @@ def look_ahead(
     """How the run is going to compute, and what it needs: known from the model's config alone.
 
     Returns:
-        A plan, and what the preflight report says of it; neither where the config is unknown.
+        A plan, and what the preflight report says of it; a warning where the config is unknown.
+
+    Raises:
+        ConfigInvalid: If the model lacks what the job names, or the machine what it asks for.
     """
+    check_quantization(job.training.quantization)
+    try:
+        model = without_weights(read_config(job.base_model), place.dtype)
+    except Exception:  # whatever a config may lead to; loading the model says it better
+        log.warning("the model cannot be described", exc_info=True)
+        return None, {"warnings": [*prepared.report["warnings"], NOT_DESCRIBED]}
+    check_targets(model, job)
     shape = describe_model(job.base_model, job.lora, job.training.quantization)
     if shape is None:
-        return None, {}
-    model = without_weights(read_config(job.base_model), place.dtype)
+        return None, {"warnings": [*prepared.report["warnings"], NOT_DESCRIBED]}
     plan = first_plan(job, model, prepared, place)
     return estimates(
         job,

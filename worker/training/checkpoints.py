@@ -17,7 +17,7 @@ import json
 import shutil
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -125,10 +125,11 @@ class Checkpoints:
             if problem := self._problem_of(folder):
                 self._reporter.event(
                     "job.checkpoint_refused",
-                    f"{folder.name} was not used: {problem}.",
+                    f"{folder.name} was not used: {problem.text}.",
                     checkpoint=folder.name,
                 )
-                shutil.rmtree(folder, ignore_errors=True)
+                if not problem.is_passing:
+                    shutil.rmtree(folder, ignore_errors=True)
                 continue
             values = json.loads((folder / STATE).read_text())
             return Checkpoint(folder, values["step"], Plan(**values["plan"]))
@@ -143,18 +144,29 @@ class Checkpoints:
             reverse=True,
         )
 
-    def _problem_of(self, folder: Path) -> str | None:
+    def _problem_of(self, folder: Path) -> "_Problem | None":
         try:
             hashes: dict[str, str] = json.loads((folder / MANIFEST).read_text())
             for name, expected in hashes.items():
                 if sha256_of(folder / name) != expected:
-                    return f"{name} is damaged"
+                    return _Problem(f"{name} is damaged")
             values = json.loads((folder / STATE).read_text())
             identity = values["identity"]
             Plan(**values["plan"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            return f"it cannot be read ({type(error).__name__})"
-        return None if identity == self.identity else "it belongs to other settings or inputs"
+            # a disk or a network that is away for a moment has damaged nothing
+            is_passing = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+            return _Problem(f"it cannot be read ({type(error).__name__})", is_passing)
+        if identity == self.identity:
+            return None
+        return _Problem("it belongs to other settings or inputs, or to another kind of machine")
+
+
+class _Problem(NamedTuple):
+    """Why a checkpoint is not used, and whether it may be used another time."""
+
+    text: str
+    is_passing: bool = False
 
 
 def _adapter(run: Run) -> dict[str, Tensor]:

@@ -113,7 +113,7 @@ class Evaluation:
 
     Attributes:
         patience: Evaluations without a lower loss after which the run ends. None: it never does.
-        min_delta: By how much a loss must be lower to count.
+        min_delta: By how much a loss must be lower for patience to begin anew.
         keep: Which adapter is the finished one: of the last step, or of the lowest held-out loss.
     """
 
@@ -182,12 +182,18 @@ class TrainingJob:
             seed=spec["seed"],
             lora=_pick(Lora, {"rank": spec["rank"], **spec["lora"]}),
             data=_pick(Data, spec["data"]),
-            training=_pick(Training, spec["training"]),
+            training=_pick(Training, _with_batch(spec["training"])),
             evaluation=_pick(Evaluation, spec["evaluation"]),
             resources=_pick(Resources, spec.get("resources", {})),
             dry_run=spec["dry_run"],
             clock=clock,
         )
+
+
+def _with_batch(training: Mapping[str, Any]) -> dict[str, Any]:
+    """Without a ``batch_size`` of nothing, which a job has that counts tokens."""
+    nothing = ("batch_size", None)
+    return {name: value for name, value in training.items() if (name, value) != nothing}
 
 
 Group = TypeVar("Group", Lora, Data, Training, Evaluation, Resources)

@@ -51,10 +51,12 @@ def evaluate(
     return {"loss": total / count, "accuracy": hits / count}
 
 
-def best_of(found: Sequence[Found], min_delta: float) -> Found | None:
-    """The evaluation that no later one was lower than, by more than ``min_delta``.
+def best_of(found: Sequence[Found], min_delta: float = 0.0) -> Found | None:
+    """The first evaluation with the lowest loss; that of the base model, at step 0, is none.
 
-    That of the base model, at step 0, is none of them.
+    Args:
+        found: In order.
+        min_delta: By how much a loss must be lower than the lowest before it to count.
     """
     best: Found | None = None
     for one in found:

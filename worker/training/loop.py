@@ -153,7 +153,7 @@ def _evaluate(run: Run, state: State, reporter: Reporter) -> None:
     latest = {"step": state.step, **found}
     state.held_out.append(latest)
     settings = run.job.evaluation
-    if settings.keep == "best" and best_of(state.held_out, settings.min_delta) is latest:
+    if settings.keep == "best" and best_of(state.held_out) is latest:
         state.best_adapter = copy_of_adapter(run)
     reporter.held_out(state.step, found)
     reporter.phase("training")

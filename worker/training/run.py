@@ -177,7 +177,7 @@ def describe_inputs(job: TrainingJob, prepared: Prepared, place: Place) -> dict[
 
 def _result(this_run: Run, state: State, place: Place) -> dict[str, Any]:
     job, first, last = this_run.job, state.held_out[0], state.held_out[-1]
-    best = best_of(state.held_out, job.evaluation.min_delta)
+    best = best_of(state.held_out)
     kept = best if job.evaluation.keep == "best" and best else last
     trainable = sum(weight.numel() for weight in this_run.adapter.values())
     order = RowOrder([len(row.ids) for row in this_run.train], job.training, job.seed)

@@ -34,9 +34,9 @@ def trained(job: TrainingJob, folder: Path) -> tuple[dict[str, Any], Recorder]:
 class TestEvaluations:
     def test_the_best_is_the_lowest_after_the_base_models(self) -> None:
         found = [{"step": n, "loss": loss} for n, loss in enumerate([1.0, 3.0, 2.0, 2.5, 2.0])]
-        assert best_of(found, 0.0) == found[2]
-        assert best_of(found, 1.5) == found[1]
-        assert best_of(found[:1], 0.0) is None
+        assert best_of(found) == found[2]
+        assert best_of(found, min_delta=1.5) == found[1]
+        assert best_of(found[:1]) is None
 
     def test_patience_counts_evaluations_since_the_best(self) -> None:
         found = [{"step": n, "loss": loss} for n, loss in enumerate([9.0, 3.0, 2.0, 2.5, 2.2])]
@@ -49,7 +49,7 @@ class TestEvaluations:
 def overfitting(make_job: Make) -> TrainingJob:
     """Its held-out loss rises soon: a rate far too high."""
     job = make_job(training={"max_steps": 40, "learning_rate": 0.1, "warmup_ratio": 0.0})
-    evaluation = Evaluation(max_rows=3, every_steps=2, patience=2, keep="best")
+    evaluation = Evaluation(max_rows=3, every_steps=2, patience=2, keep="best", min_delta=1e-4)
     return replace(job, evaluation=evaluation)
 
 

@@ -26,6 +26,7 @@ from worker.training.data.messages import (
     as_tools,
     parsed,
     read_messages,
+    weight_of,
 )
 from worker.training.data.words import shown
 
@@ -145,6 +146,7 @@ def _read_chat(row: Mapping[str, Any]) -> Conversation:
 def _read_sharegpt(row: Mapping[str, Any]) -> Conversation:
     turns = as_list(row["conversations"], "conversations")
     messages = []
+    context = []
     for index, turn in enumerate(turns):
         place = f"conversations[{index}]"
         if not isinstance(turn, dict):
@@ -153,13 +155,18 @@ def _read_sharegpt(row: Mapping[str, Any]) -> Conversation:
         if role is None:
             known = ", ".join(SHAREGPT_ROLES)
             raise RowProblem(f"{place}.from", f"one of {known}", turn.get("from"))
+        if role == "assistant" and weight_of(turn, place) == 0:
+            context.append(index)
         value = as_text(turn.get("value"), f"{place}.value")
         if str(turn["from"]).lower() == "function_call":
             calls = _function_calls(value, f"{place}.value")
             messages.append({"role": role, "content": "", "tool_calls": calls})
         else:
             messages.append({"role": role, "content": value})
-    return Conversation(_with_system(row, messages), as_tools(row.get("tools")))
+    whole = _with_system(row, messages)
+    later = len(whole) - len(messages)
+    learnt_not = frozenset(index + later for index in context)
+    return Conversation(whole, as_tools(row.get("tools")), learnt_not)
 
 
 def _function_calls(text: str, place: str) -> list[Any]:

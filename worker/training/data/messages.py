@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from worker.training.data.words import describe, shown
@@ -58,18 +59,28 @@ def _message(value: Any, place: str) -> Message:
     for name in ("name", "tool_call_id", "reasoning_content"):
         if name in fields:
             _string(fields[name], f"{place}.{name}")
-    _check_weight(fields.get("weight", 1), f"{place}.weight")
+    weight_of(fields, place)
     if "tool_calls" in fields:
         fields["tool_calls"] = as_tool_calls(fields["tool_calls"], f"{place}.tool_calls")
     if role == "assistant" and fields.get("tool_calls"):
         return {**fields, "content": _content(fields.get("content", ""), place, may_be_empty=True)}
-    return {**fields, "content": _content(fields.get("content"), place)}
+    may_be_empty = role == "tool"  # a command without output
+    return {**fields, "content": _content(fields.get("content"), place, may_be_empty=may_be_empty)}
 
 
-def _check_weight(value: Any, place: str) -> None:
+def weight_of(turn: Mapping[str, Any], place: str) -> int:
+    """Whether an answer is learnt: 1, also where nothing is said, or 0.
+
+    Raises:
+        RowProblem: If it is anything else.
+    """
+    value = turn.get("weight")
+    if value is None:
+        return 1
     # Parquet knows no integer that may be missing: 1.0 is 1.
     if isinstance(value, bool) or not isinstance(value, int | float) or value not in (0, 1):
-        raise RowProblem(place, "0 (context) or 1 (learnt)", value)
+        raise RowProblem(f"{place}.weight", "0 (context) or 1 (learnt)", value)
+    return int(value)
 
 
 def as_tool_calls(value: Any, place: str) -> list[Any]:

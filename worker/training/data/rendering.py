@@ -208,6 +208,11 @@ class Renderer:
                     f"it has {name}, which the chat template does not read",
                     "Write it into content, in the base model's own words.",
                 )
+        if conversation.tools and "tools" not in self._template:
+            raise RowRefused(
+                "it has tools, which the chat template does not read",
+                "Leave tools out, or use a base model that knows tools.",
+            )
 
     def _cut_spellings(self, value: Json) -> Json:
         """The same value, with every special token that is spelt in it cut in two."""

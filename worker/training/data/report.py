@@ -75,8 +75,6 @@ def describe(
 
 
 def _tokens_per_step(job: TrainingJob, lengths: Sequence[int]) -> int:
-    if job.training.batch_tokens is None:
-        return round(sum(lengths) / len(lengths) * job.training.batch_size)
     return round(sum(lengths) / RowOrder(lengths, job.training, job.seed).steps(1))
 
 
@@ -155,8 +153,8 @@ def _idle_settings(job: TrainingJob, steps: int) -> Iterator[str]:
             f"evaluation.patience is {settings.patience}, and there are {evaluations} evaluations: "
             "the run will not end early. Lower it, or evaluation.every_steps."
         )
-    if settings.min_delta and settings.patience is None and settings.keep == "last":
-        yield "evaluation.min_delta does nothing without evaluation.patience or keep: best."
+    if settings.min_delta and settings.patience is None:
+        yield "evaluation.min_delta does nothing without evaluation.patience."
 
 
 def describe_report(report: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -128,7 +128,9 @@ class _Lines:
 
     def __iter__(self) -> Iterator[str]:
         # Line by line, not by a decoder that reads ahead: an error is then on the line that is told
+        mark = b"\xef\xbb\xbf"  # before the header's quotes are read
         while line := self._stream.readline(MAX_ROW_BYTES + 1):
+            line, mark = line.removeprefix(mark), b""
             self.row_bytes += len(line)
             if self.row_bytes > MAX_ROW_BYTES:
                 raise csv.Error(f"a row {TOO_LONG}")
@@ -155,7 +157,7 @@ def _read_table(stream: IO[bytes], file: DataFile, delimiter: str) -> Iterator[R
                 f"rows of at most {MAX_ROW_BYTES:,} bytes.",
             ) from error
         if header is None:
-            header = [fields[0].removeprefix("\ufeff"), *fields[1:]] if fields else []
+            header = fields
         elif fields and len(fields) != len(header):
             yield BadRow(f"line {begins}", f"expected {len(header)} fields, found {len(fields)}")
         elif fields:

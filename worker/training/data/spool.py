@@ -41,7 +41,7 @@ from worker.training.data.sources import (
 from worker.training.errors import DatasetInvalid, is_disk_full
 
 NAMES_KEPT = 100
-PROCEED_ROWS = 256
+NAME_LETTERS = 100
 
 
 class Spool:
@@ -83,7 +83,7 @@ class Spool:
             self._put_problem(row.place, row.problem)
             return
         if len(self.columns) < NAMES_KEPT:
-            self.columns |= row.values.keys()
+            self.columns |= {name[:NAME_LETTERS] for name in row.values}
         elif self._mapping:
             self.columns |= row.values.keys() & self._mapping.values()
         try:
@@ -166,12 +166,11 @@ def spool(request: dict[str, Any], out: IO[bytes]) -> dict[str, Any]:
 
 
 def _read_all(file: DataFile, source: Source, rows: Spool, wanted: set[str]) -> None:
-    for count, row in enumerate(read_rows(file, source, wanted, proceed)):
+    for row in read_rows(file, source, wanted, proceed):
         rows.put(row)
         if rows.is_hopeless:
             return
-        if count % PROCEED_ROWS == 0:
-            proceed()
+        proceed()
 
 
 def main() -> None:

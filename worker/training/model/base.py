@@ -139,18 +139,10 @@ def _too_large(base: BaseModel) -> OutOfGpuMemory:
 def _quantized(
     quantization: Quantization | None, device: torch.device, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Arguments that let bitsandbytes quantise the weights as they are loaded.
-
-    Raises:
-        ConfigInvalid: If it is not installed.
-    """
+    """Arguments that let bitsandbytes quantise the weights as they are loaded."""
     if quantization is None:
         return {}
-    if find_spec("bitsandbytes") is None:
-        raise ConfigInvalid(
-            f"training.quantization is {quantization}, and this worker has no bitsandbytes.",
-            "Install flatlora-service[gpu] on the worker, or leave quantization out.",
-        )
+    check_quantization(quantization)
     options: dict[str, Any] = {"load_in_8bit": True}
     if quantization == "4bit":
         options = {
@@ -161,6 +153,19 @@ def _quantized(
         }
     configuration = BitsAndBytesConfig(**options)  # type: ignore[no-untyped-call]
     return {"quantization_config": configuration, "device_map": {"": device}}
+
+
+def check_quantization(quantization: Quantization | None) -> None:
+    """That this machine can quantise.
+
+    Raises:
+        ConfigInvalid: If bitsandbytes is not installed.
+    """
+    if quantization and find_spec("bitsandbytes") is None:
+        raise ConfigInvalid(
+            f"training.quantization is {quantization}, and this worker has no bitsandbytes.",
+            "Install flatlora-service[gpu] on the worker, or leave quantization out.",
+        )
 
 
 def set_mode(model: nn.Module, *, training: bool) -> None:
@@ -213,7 +218,7 @@ def attach_adapter(model: PreTrainedModel, job: TrainingJob) -> PeftModel:
     Raises:
         ConfigInvalid: If a target module does not exist, or none of them can be adapted.
     """
-    _check_targets(model, job)
+    check_targets(model, job)
     torch.manual_seed(job.seed)
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -251,7 +256,12 @@ def _targets(model: Any, job: TrainingJob) -> list[str] | str:
     return sorted(name for name, is_inside in linear.items() if is_inside)
 
 
-def _check_targets(model: PreTrainedModel, job: TrainingJob) -> None:
+def check_targets(model: PreTrainedModel, job: TrainingJob) -> None:
+    """That the layers which a job names are there, and may be adapted.
+
+    Raises:
+        ConfigInvalid: With those that are not, and the names that are.
+    """
     wanted = job.lora.target_modules
     if wanted == "all-linear":
         return

@@ -84,7 +84,7 @@ def curves_of(job: TrainingJob, state: State, planned: int) -> Curves:
 def _best(job: TrainingJob, state: State) -> Point | None:
     """The lowest held-out loss, where the run has made something of it."""
     evaluation = job.evaluation
-    best = best_of(state.held_out, evaluation.min_delta)
+    best = best_of(state.held_out)
     if best is None or (evaluation.keep == "last" and evaluation.patience is None):
         return None
     return best["step"], best["loss"]

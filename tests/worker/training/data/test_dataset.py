@@ -302,7 +302,7 @@ class TestFingerprint:
         ),
         ({"patience": 1, "every_steps": 4}, None),
         ({"min_delta": 0.1, "every_steps": 4}, "evaluation.min_delta does nothing"),
-        ({"min_delta": 0.1, "keep": "best", "every_steps": 4}, None),
+        ({"min_delta": 0.1, "patience": 1, "every_steps": 4}, None),
     ],
 )
 def test_settings_that_have_nothing_to_do_are_told(

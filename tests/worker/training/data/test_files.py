@@ -250,3 +250,9 @@ class TestArrays:
         content = b"\xef\xbb\xbf[" + row * 2000 + b'"\xff"]'
         message = problem(data_file(content, "rows.json"))
         assert f"is not UTF-8: byte {content.index(0xFF):,}." in message
+
+
+def test_a_byte_order_mark_before_a_quoted_header_is_no_part_of_it(data_file: Write) -> None:
+    content = '\ufeff"instruction","output"\n"Hello","Hi"\n'.encode()
+    found = read(data_file(content, "rows.csv"), Data())
+    assert (found.format, len(found.conversations)) == ("alpaca", 1)

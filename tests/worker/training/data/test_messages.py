@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from tests.worker.training.conftest import chat
+from tests.worker.training.conftest import chat, make_tokenizer
 from tests.worker.training.data.test_rows import answered, calls, problem
 from worker.training.config import Data, DataFile
 from worker.training.data.conversations import Conversation
 from worker.training.data.dataset import read
+from worker.training.data.rendering import Renderer
 from worker.training.errors import ConfigInvalid
 
 Write = Callable[..., DataFile]
@@ -108,3 +109,34 @@ class TestText:
     @pytest.mark.parametrize("text", ["", " ", None, ["x"], "a\0"])
     def test_what_is_no_text_is_named(self, data_file: Write, text: Any) -> None:
         assert "line 1: text: expected " in problem(data_file, [{"text": text}], format="text")
+
+
+def test_a_weight_of_a_sharegpt_answer_counts(data_file: Write) -> None:
+    turns = [
+        {"from": "human", "value": "Hello"},
+        {"from": "gpt", "value": "BAD", "weight": 0},
+        {"from": "human", "value": "Again"},
+        {"from": "gpt", "value": "good", "weight": 1},
+    ]
+    row = {"system": "Be kind.", "conversations": turns}
+    renderer = Renderer(make_tokenizer(), "assistant")
+    (example,) = read(data_file([row]), Data(), renderer).examples
+    learnt = [part["text"] for part in renderer.segments(example) if part["in_loss"]]
+    assert learnt == ["good<|im_end|>"]
+
+
+def test_tools_that_the_template_does_not_read_are_refused(data_file: Write) -> None:
+    row = chat("Hello", "Hi") | {"tools": [{"type": "function", "function": {"name": "weather"}}]}
+    with pytest.raises(ConfigInvalid, match="it has tools, which the chat template does not read"):
+        read(data_file([row]), Data(), Renderer(make_tokenizer(), "assistant"))
+
+
+def test_a_tool_may_have_nothing_to_say(data_file: Write) -> None:
+    call = {"type": "function", "function": {"name": "touch", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "Touch it"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": ""},
+        {"role": "assistant", "content": "Done"},
+    ]
+    assert len(read(data_file([{"messages": messages}]), Data()).conversations) == 1
