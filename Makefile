@@ -6,6 +6,8 @@ PYTHON ?= python3
 VENV ?= .venv
 SECONDS ?= 600
 BIN := $(VENV)/bin
+# Two tests at a time, files in their order: by size the few long ones would come last, alone.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
@@ -17,11 +19,11 @@ run: $(VENV)/.runtime ## Start the service on this machine (Ctrl-C stops it)
 	$(BIN)/flatlora up
 
 test: $(VENV)/.dev ## Run every test that needs no GPU
-	$(BIN)/pytest -m "not gpu" -n 2 --dist loadfile --ignore tests/faults
-	$(BIN)/pytest -m "not gpu" -n 2 --dist loadfile tests/faults
+	$(BIN)/pytest -m "not gpu" $(TWO) --ignore tests/faults
+	$(BIN)/pytest -m "not gpu" $(TWO) tests/faults
 
 faults: $(VENV)/.dev ## Run the fault tests that take long: each fault many times
-	$(BIN)/pytest -m torture tests/faults
+	$(BIN)/pytest -m torture tests
 
 torture: $(VENV)/.dev ## Break a cluster at random (SECONDS=600 SEED=n), then look what it has kept
 	$(BIN)/python -m tests.faults.torture --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))

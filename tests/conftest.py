@@ -22,6 +22,16 @@ if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Whoever does not ask for torture is spared it."""
+    if "torture" in config.option.markexpr:
+        return
+    spared = [item for item in items if item.get_closest_marker("torture")]
+    if spared:
+        config.hook.pytest_deselected(items=spared)
+        items[:] = [item for item in items if item not in spared]
+
+
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[str]:
     """A real Postgres on a socket of its own; its URL.

@@ -68,16 +68,6 @@ def _clusters(node: pytest.Item, folders: pytest.TempPathFactory) -> Iterator[Ma
         yield make
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Whoever does not ask for torture is spared it."""
-    if "torture" in config.option.markexpr:
-        return
-    spared = [item for item in items if item.get_closest_marker("torture")]
-    if spared:
-        config.hook.pytest_deselected(items=spared)
-        items[:] = [item for item in items if item not in spared]
-
-
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
     """Where also the user goes that Postgres runs as; removed, whatever lies in it."""

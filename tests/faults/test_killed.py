@@ -234,6 +234,7 @@ class TestDrained:
         return job_id
 
 
+@pytest.mark.torture
 class TestRealTrainer:
     def test_killed_on_one_machine_it_goes_on_on_another_to_the_same_bytes(
         self, cluster: Cluster

@@ -52,7 +52,7 @@ class TestWakeUps:
         assert [worker.celery() for worker in cluster.workers] == celery
         cluster.check()
 
-    @pytest.mark.parametrize("jobs", [1, 8])
+    @pytest.mark.parametrize("jobs", [pytest.param(1, marks=pytest.mark.torture), 8])
     def test_sent_fifty_times_to_eight_slots_they_run_each_job_once(
         self, cluster: Cluster, broker: Celery, jobs: int
     ) -> None:
@@ -213,6 +213,7 @@ class TestFrozen:
     def whole(self, cluster: Cluster) -> None:
         make_whole(cluster)
 
+    @pytest.mark.torture
     def test_a_worker_that_wakes_after_three_leases_is_refused(self, cluster: Cluster) -> None:
         job_id = cluster.submit(steps=60, step_ms=20)
         cluster.wait(job_id, lambda row: row["step"] >= 12)

@@ -117,6 +117,7 @@ class TestOneMachine:
         return shared()
 
     @pytest.mark.parametrize("how", ["stopped", pytest.param("killed", marks=LONG)])
+    @pytest.mark.torture
     def test_without_postgres_for_five_leases_jobs_write_a_checkpoint_and_go_on_afterwards(
         self, cluster: Cluster, how: str
     ) -> None:

@@ -15,6 +15,7 @@ from tests.flatlora.trainers import (
 
 
 @pytest.mark.usefixtures("as_users_compile")
+@pytest.mark.torture
 def test_a_compiled_run_after_a_plain_one_trains_what_an_eager_one_does(
     peft_model: MakeModel, tmp_path: Path
 ) -> None:

@@ -101,6 +101,7 @@ class TestHub:
         self, hub_service: Service, body: Json, silent_hub: str
     ) -> None:
         hub_service.environment["HF_ENDPOINT"] = silent_hub
+        hub_service.environment["HF_HUB_ETAG_TIMEOUT"] = "120"  # not before it is cancelled
         hub_service.start()
         job_id = hub_service.submit({**body, "base_model": "org/model"})
         until(lambda: len(hub_service.trainers()) == 1)

@@ -43,6 +43,7 @@ class TestKilledTrainer:
             series = http.get(f"/jobs/{job_id}/metrics", params={"series": "train"}).json()
         assert [metric["step"] for metric in series["items"]] == list(range(1, 61))
 
+    @pytest.mark.torture
     def test_a_trainer_that_always_dies_fails_the_job_with_its_reason(
         self, service: Service, body: Json
     ) -> None:
