@@ -10,6 +10,11 @@ def parts(device: str) -> list[str]:
     return device.split("+")
 
 
+def count(device: str | None) -> int:
+    """Processes that a slot has room for; one, where there was no choice to make."""
+    return len(parts(device)) if device else 1
+
+
 def joined(devices: Sequence[str]) -> str:
     return "+".join(devices)
 

@@ -28,7 +28,7 @@ from worker.training.batches import Batch
 from worker.training.model.attention import use_varlen_attention
 from worker.training.model.base import checkpoint_activations
 from worker.training.model.head import answer_with_loss, summed_loss
-from worker.training.model.kernels import use_fused_kernels
+from worker.training.model.kernels import repeatable, use_fused_kernels
 from worker.training.model.lora import fast_adapters
 from worker.training.packing import Sequences
 
@@ -250,7 +250,7 @@ def run_own(base: Base, rung: Rung, data: Data, warm: int) -> Measured:
     found.missing = stack.missing
     reset_peak(base.device)
     losses, ticks = [], Ticks(base.device)
-    with repeatable(on=rung.repeatable):
+    with repeatable() if rung.repeatable else nullcontext():
         for step in range(len(data.steps)):
             if step == warm:
                 ticks.tick()
@@ -315,20 +315,6 @@ def _cast_no_inputs(model: nn.Module) -> None:
     layers: list[Any] = [each for each in model.modules() if isinstance(each, BaseTunerLayer)]
     for layer in layers:
         layer.cast_input_dtype_enabled = False
-
-
-@contextmanager
-def repeatable(*, on: bool) -> Iterator[None]:
-    """Kernels that give the same bits each time, as in ``worker.training.run``."""
-    how: Any = torch.utils.deterministic
-    filled = how.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(on)
-    how.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-        how.fill_uninitialized_memory = filled
 
 
 @contextmanager

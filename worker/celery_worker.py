@@ -26,7 +26,7 @@ from celery.exceptions import InvalidTaskError
 from celery.worker.request import Request
 
 from app.broker import WAKE, make_celery, queues_of
-from app.devices import parts
+from app.devices import count
 from app.flag import SharedFlag
 from app.ids import is_id
 from app.logs import configure_logs
@@ -117,7 +117,7 @@ class WakeUp(Request):  # type: ignore[misc] # Celery ships no types
 def _slots_of(settings: Settings, size: int) -> list[tuple[int, str]]:
     """Number and devices of each slot of a size."""
     numbered = enumerate(slots(settings.devices))
-    return [(index, device) for index, device in numbered if len(parts(device)) == size]
+    return [(index, device) for index, device in numbered if count(device) == size]
 
 
 def prepare(settings: Settings, draining: SharedFlag, size: int = 1) -> Celery:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from worker.training.config import BaseModel, DataFile, TrainingJob
-from worker.training.files import sync
+from worker.training.files import replace_text
 
 JOB_FILE = "job.json"
 LOG_FILE = "trainer.log"
@@ -43,11 +43,7 @@ def write_job(
         "validation": asdict(validation) if validation else None,
         "clock": clock or datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    partial = folder / (JOB_FILE + ".part")
-    partial.write_text(json.dumps(record, default=str, indent=1))
-    sync(partial)
-    partial.rename(folder / JOB_FILE)
-    sync(folder)
+    replace_text(folder / JOB_FILE, json.dumps(record, default=str, indent=1))
 
 
 def pinned(folder: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import IO
 import structlog
 
 from app.db import OUTAGES, make_engine
-from app.devices import parts
+from app.devices import count
 from app.settings import Settings
 from app.storage import make_private, open_store
 from worker.claims import Claims, Lease
@@ -45,7 +45,7 @@ class Slot:
     @property
     def size(self) -> int:
         """How many GPUs a job may need."""
-        return len(parts(self.device)) if self.device else 1
+        return count(self.device)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.devices import parts
+from app.devices import count
 from app.jobs.states import Phase, Reason
 from app.logs import job_context
 from app.settings import Settings
@@ -194,7 +194,7 @@ class Supervisor:
 
     def _check_size(self, lease: Lease) -> None:
         """Only an embedded worker takes jobs that are too large for it: nobody else would come."""
-        found = len(parts(self._device)) if self._device else 1
+        found = count(self._device)
         if _gpus(lease) > found:
             raise ConfigInvalid(
                 f"The job asks for {_gpus(lease)} GPUs, and this service trains on {found}.",

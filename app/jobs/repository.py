@@ -20,7 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import defer
 
 from app.db import now
-from app.devices import parts
+from app.devices import count
 from app.ids import is_id
 from app.jobs.events import event
 from app.jobs.states import Status, may_move
@@ -68,7 +68,7 @@ class JobRepository:
         """Devices of the largest slot of all workers that are alive; 0 without any."""
         alive = select(WorkerRow.slots).where(WorkerRow.heartbeat_at >= now(-alive_seconds))
         found = (await self._session.scalars(alive)).all()
-        sizes = [len(parts(slot["device"] or "")) for slots in found for slot in slots]
+        sizes = [count(slot["device"]) for slots in found for slot in slots]
         return max(sizes, default=0)
 
     async def get(self, job_id: str) -> JobRow | None:

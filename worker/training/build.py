@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from flatlora import UnsupportedLayer
+from flatlora import Memory, UnsupportedLayer
 from worker.training.config import TrainingJob
 from worker.training.data.dataset import Prepared
 from worker.training.errors import ConfigInvalid
@@ -30,7 +30,7 @@ from worker.training.model.speed import find_device
 from worker.training.optimizer import make_optimizer
 from worker.training.packing import length
 from worker.training.place import Place
-from worker.training.plan import Memory, Plan
+from worker.training.plan import Plan
 from worker.training.state import Run
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def look_ahead(
         log.warning("the model cannot be described", exc_info=True)
         return None, {"warnings": [*prepared.report["warnings"], NOT_DESCRIBED]}
     check_targets(model, job)
-    shape = describe_model(job.base_model, job.lora, job.training.quantization)
+    shape = describe_model(job.base_model, job.lora, job.training.quantization, model)
     if shape is None:
         return None, {"warnings": [*prepared.report["warnings"], NOT_DESCRIBED]}
     plan = first_plan(job, model, prepared, place)
@@ -108,23 +108,24 @@ def build(
     total_steps = prepared.report["steps"]
     # of a CPU's memory the engine itself knows what is free
     is_open = not is_settled and device.type == "cpu" and settings.perturbation_memory == "auto"
-    memory = "auto" if is_open else plan.perturbation_memory
+    memory: Memory = "auto" if is_open else plan.perturbation_memory
     try:
         flat = perturbation(model, job, total_steps, memory)
+        if is_open:
+            is_resident = place.ranks.first_tells(flat.memory) == "resident"
+            plan = replace(plan, perturbation_memory="resident" if is_resident else "streamed")
+            flat = perturbation(model, job, total_steps, plan.perturbation_memory)
     except UnsupportedLayer as error:
         raise ConfigInvalid(str(error), "Choose other lora.target_modules.") from error
-    chosen: Memory = (
-        "resident" if place.ranks.first_tells(flat.memory) == "resident" else "streamed"
-    )
     return Run(
         job=job,
         model=model.train(),
-        flat=perturbation(model, job, total_steps, chosen),
+        flat=flat,
         optimizer=make_optimizer(model, settings, device),
         train=prepared.train,
         held_out=prepared.held_out,
         total_steps=total_steps,
         device=device,
-        plan=replace(plan, perturbation_memory=chosen),
+        plan=plan,
         ranks=place.ranks,
     )

@@ -122,17 +122,17 @@ class Checkpoints:
         They would stand in the way of those that this run is going to write.
         """
         for folder in self._complete():
-            if problem := self._problem_of(folder):
-                self._reporter.event(
-                    "job.checkpoint_refused",
-                    f"{folder.name} was not used: {problem.text}.",
-                    checkpoint=folder.name,
-                )
-                if not problem.is_passing:
-                    shutil.rmtree(folder, ignore_errors=True)
-                continue
-            values = json.loads((folder / STATE).read_text())
-            return Checkpoint(folder, values["step"], Plan(**values["plan"]))
+            found = self._look_at(folder)
+            if isinstance(found, Checkpoint):
+                return found
+            problem = found.text
+            self._reporter.event(
+                "job.checkpoint_refused",
+                f"{folder.name} was not used: {problem}.",
+                checkpoint=folder.name,
+            )
+            if not found.is_passing:
+                shutil.rmtree(folder, ignore_errors=True)
         return None
 
     def _complete(self) -> list[Path]:
@@ -144,7 +144,7 @@ class Checkpoints:
             reverse=True,
         )
 
-    def _problem_of(self, folder: Path) -> "_Problem | None":
+    def _look_at(self, folder: Path) -> "Checkpoint | _Problem":
         try:
             hashes: dict[str, str] = json.loads((folder / MANIFEST).read_text())
             for name, expected in hashes.items():
@@ -152,13 +152,13 @@ class Checkpoints:
                     return _Problem(f"{name} is damaged")
             values = json.loads((folder / STATE).read_text())
             identity = values["identity"]
-            Plan(**values["plan"])
+            checkpoint = Checkpoint(folder, values["step"], Plan(**values["plan"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
             # a disk or a network that is away for a moment has damaged nothing
             is_passing = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
             return _Problem(f"it cannot be read ({type(error).__name__})", is_passing)
         if identity == self.identity:
-            return None
+            return checkpoint
         return _Problem("it belongs to other settings or inputs, or to another kind of machine")
 
 

@@ -24,7 +24,6 @@ def estimates(
     *,
     device: Device,
     tokens_per_pass: int | None = None,
-    tokens_in_loss_per_pass: int | None = None,
     shards: int = 1,
 ) -> tuple[Plan, dict[str, Any]]:
     """The first plan that fits the device, and sections of the preflight report.
@@ -36,7 +35,6 @@ def estimates(
         report: What is said of the data.
         device: What computes.
         tokens_per_pass: Tokens of the largest pass. None: as many as the plan allows.
-        tokens_in_loss_per_pass: Targets of it. None: the same share as of all tokens.
         shards: Ranks that the base's weights are divided among.
 
     Returns:
@@ -47,7 +45,7 @@ def estimates(
         return plan, {"plan": plan.to_json() | {"in_words": plan.in_words()}}
     tokens = tokens_per_pass or plan.max_length * plan.micro_batch_size
     share = report["tokens"]["in_loss"] / max(1, report["tokens"]["all"])
-    targets = tokens_in_loss_per_pass or ceil(share * tokens)
+    targets = ceil(share * tokens)
 
     def needed(by: Plan) -> Estimate:
         smaller = by.micro_batch_size / plan.micro_batch_size

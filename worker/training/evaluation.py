@@ -1,6 +1,5 @@
 """The loss on rows that are not trained on, and what follows from it."""
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -72,8 +71,3 @@ def is_exhausted(found: Sequence[Found], settings: Evaluation) -> bool:
     best = best_of(found, settings.min_delta)
     since = sum(1 for one in found if best and one["step"] > best["step"])
     return since >= settings.patience
-
-
-def is_finite(found: Found) -> bool:
-    """Whether the loss is a number."""
-    return math.isfinite(found["loss"])

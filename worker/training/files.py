@@ -14,6 +14,15 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Give a file another text, whole or not at all; on the disk when this returns."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text)
+    sync(partial)
+    partial.rename(path)
+    sync(path.parent)
+
+
 def sha256_of(path: Path) -> str:
     """The file's SHA-256 in hexadecimal digits."""
     with path.open("rb") as file:

@@ -19,7 +19,7 @@ from worker.training.batches import Batch
 from worker.training.checkpoints import Checkpoints
 from worker.training.data.rendering import Example
 from worker.training.errors import LossDiverged, Stopped
-from worker.training.evaluation import best_of, evaluate, is_exhausted, is_finite
+from worker.training.evaluation import best_of, evaluate, is_exhausted
 from worker.training.model.head import summed_loss
 from worker.training.optimizer import learning_rate_at, set_learning_rate
 from worker.training.order import RowOrder, evaluation_every
@@ -144,7 +144,7 @@ def _check_losses(run: Run, state: State) -> None:
 def _evaluate(run: Run, state: State, reporter: Reporter) -> None:
     reporter.phase("evaluating")
     found = evaluate(run.base, run.held_out, run.plan, run.device, run.ranks)
-    if not is_finite(found):
+    if not math.isfinite(found["loss"]):
         raise LossDiverged(
             f"The loss on the held-out rows is not finite after step {state.step}.",
             "Lower training.learning_rate or sigma. After step 0 it is the base model's own loss: "

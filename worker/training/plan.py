@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from worker.training.files import sync
+from worker.training.files import replace_text
 
 Memory = Literal["resident", "streamed"]
 
@@ -113,12 +113,8 @@ class Written:
 
 def write_plan(folder: Path, identity: str, plan: Plan, from_step: int) -> None:
     """Keep a plan for later attempts of the same run; on the disk when this returns."""
-    partial = folder / (FILE + ".part")
     record = {"identity": identity, "plan": plan.to_json(), "from_step": from_step}
-    partial.write_text(json.dumps(record))
-    sync(partial)
-    partial.rename(folder / FILE)
-    sync(folder)
+    replace_text(folder / FILE, json.dumps(record))
 
 
 def read_plan(folder: Path, identity: str) -> Written | None:

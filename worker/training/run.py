@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from worker.training.evaluation import best_of
 from worker.training.fit import fit, give_way, out_of_memory
 from worker.training.loop import train
 from worker.training.model.base import hash_folder, load_tokenizer, max_positions, set_mode
+from worker.training.model.kernels import repeatable
 from worker.training.order import RowOrder
 from worker.training.place import Place
 from worker.training.plan import Plan, read_plan, write_plan
@@ -61,7 +60,7 @@ def run(job: TrainingJob, folder: Path, reporter: Reporter, control: Control) ->
     inputs = describe_inputs(job, prepared, place)
     identity = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     checkpoints = Checkpoints(folder / "checkpoints", identity, reporter)
-    with _deterministic():
+    with repeatable():
         checkpoint = checkpoints.newest()
         known = plan_of_attempt(folder, identity, checkpoint)
         plan, is_settled = _agreed(known or proposed, place.ranks, is_settled=known is not None)
@@ -204,21 +203,3 @@ def _result(this_run: Run, state: State, place: Place) -> dict[str, Any]:
         "strategy": place.strategy,
         "plan": this_run.plan.to_json(),
     }
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    """Kernels that give the same bits each time, or an error where there is none."""
-    # cuBLAS reads it when it is first used; the service's trainer has it from its start
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    options: Any = torch.utils.deterministic
-    before = torch.are_deterministic_algorithms_enabled()
-    filled = options.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    # finds who reads memory that nobody has written, and takes time: our tests look for that
-    options.fill_uninitialized_memory = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-        options.fill_uninitialized_memory = filled

@@ -65,7 +65,7 @@ def score(
     rows = chunk_rows(len(weight))
     parts = [
         score_logits(at_least_float32(part @ weight.t()), wanted)
-        for part, wanted in zip(_chunks(hidden, rows), _chunks(targets, rows), strict=True)
+        for part, wanted in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
     ]
     loss, correct = (torch.stack(found).sum() for found in zip(*parts, strict=True))
     return Scores(loss, correct)
@@ -85,9 +85,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows = chunk_rows(len(weight))
         gradient = torch.empty_like(hidden)
         losses = []
-        for part, wanted, grad in zip(
-            _chunks(hidden, rows), _chunks(targets, rows), _chunks(gradient, rows), strict=True
-        ):
+        chunks = (torch.split(each, rows) for each in (hidden, targets, gradient))
+        for part, wanted, grad in zip(*chunks, strict=True):
             logits = part @ weight.t()
             losses.append(_softmax_minus_target_(logits, wanted))
             torch.mm(logits, weight, out=grad)
@@ -119,10 +118,6 @@ def _softmax_minus_target_(
     gradient.scatter_add_(1, at, gradient.new_full(at.shape, -1.0))
     logits.copy_(gradient)
     return losses
-
-
-def _chunks(tensor: Tensor, rows: int) -> tuple[Tensor, ...]:
-    return tensor.split(rows)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _liger() -> Any:

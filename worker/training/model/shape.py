@@ -9,7 +9,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -19,6 +18,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from worker.training.config import BaseModel, Lora, Quantization
+from worker.training.model.kernels import has_fused_kernels
 
 log = logging.getLogger(__name__)
 
@@ -145,15 +145,14 @@ class ModelShape:
     @cached_property
     def is_fused(self) -> bool:
         """Whether norms, rotations and activations are fused on a GPU of this machine."""
-        if find_spec("liger_kernel") is None:
-            return False
-        from liger_kernel.transformers import monkey_patch
-
-        return self.family in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN
+        return has_fused_kernels(self.family)
 
 
 def describe_model(
-    base: BaseModel, lora: Lora, quantization: Quantization | None = None
+    base: BaseModel,
+    lora: Lora,
+    quantization: Quantization | None = None,
+    model: PreTrainedModel | None = None,
 ) -> ModelShape | None:
     """The sizes of a base model with its adapter, from its ``config.json`` alone.
 
@@ -161,25 +160,32 @@ def describe_model(
         base: A folder; its weights need not be there.
         lora: The adapter.
         quantization: How the linear layers are going to be stored.
+        model: The same on the meta device, where it is made already; it gets the adapter.
 
     Returns:
         None, and a line in the log, for a model that this does not work for: an estimate is no
         reason to fail a job.
     """
     try:
-        return shape_of(read_config(base), lora, quantization)
+        config: Any = read_config(base) if model is None else model.config
+        return shape_of(config, lora, quantization, model)
     except Exception:  # whatever code of transformers or PEFT runs for this architecture
         log.warning("the sizes of %s are not known", base.name, exc_info=True)
         return None
 
 
-def shape_of(config: Any, lora: Lora, quantization: Quantization | None = None) -> ModelShape:
+def shape_of(
+    config: Any,
+    lora: Lora,
+    quantization: Quantization | None = None,
+    built: PreTrainedModel | None = None,
+) -> ModelShape:
     """As `describe_model`, of a config of transformers.
 
     Raises:
         Exception: Whatever transformers or PEFT raise for a model that cannot be built.
     """
-    model: Any = without_weights(config)
+    model: Any = without_weights(config) if built is None else built
     parameters = sum(parameter.numel() for parameter in model.parameters())
     head = model.get_output_embeddings()
     decoder = _decoder_layers(model)

@@ -116,7 +116,7 @@ CONFIGS: list[tuple[str, Any, str]] = [
     ("target_parameters", ["experts.down_proj"], "target_parameters"),
     ("trainable_token_indices", [1], "trainable_token_indices"),
     ("inference_mode", False, "inference_mode"),
-    ("base_model_name_or_path", "/work/7/base", "base_model_name_or_path"),
+    ("base_model_name_or_path", "/somewhere/base", "base_model_name_or_path"),
     ("base_model_name_or_path", None, "base_model_name_or_path"),
     ("revision", None, "revision = None, expected 'abc123'"),
     ("made_up", 1, "a field made_up"),
