@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 import datasets  # type: ignore[import-untyped]  # it has no types
 import torch

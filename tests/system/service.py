@@ -69,7 +69,11 @@ class Service:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
         self.environment = {
-            **{name: value for name, value in os.environ.items() if "FLATLORA" not in name},
+            **{
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith(("FLATLORA", "HF_"))
+            },
             "FLATLORA_DATA_DIR": str(self.data_dir),
             "FLATLORA_PORT": str(self.port),
             "FLATLORA_DATASET_ROOTS": f"{folder},{EXAMPLES}",
