@@ -2,19 +2,28 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import datetime
 from typing import Annotated, Any
 
 import structlog
 from fastapi import Depends, Request
-from sqlalchemy import Connection, Double, Engine, create_engine, event, literal, make_url
+from sqlalchemy import (
+    Connection,
+    Double,
+    Engine,
+    Insert,
+    create_engine,
+    event,
+    insert,
+    literal,
+    make_url,
+)
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import (
     AsyncEngine,
     AsyncSession,
-    async_sessionmaker,
     create_async_engine,
 )
 from sqlalchemy.ext.compiler import compiles
@@ -23,7 +32,8 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from app.errors import DatabaseUnavailable
 from app.failpoints import Point, failpoint
-from app.tables import UtcDateTime
+from app.scope import PROJECT, ScopedSession
+from app.tables import AuditRow, UtcDateTime
 
 log = structlog.get_logger()
 
@@ -128,33 +138,82 @@ def _prepare_sqlite(engine: Engine) -> None:
 
 
 class Database:
-    """The API's two ways into the database: to read, and to write."""
+    """The API's ways into the database: to read, and to write, each for one project."""
 
     def __init__(self, url: str) -> None:
         self.engine = make_async_engine(url)
-        writing = self.engine.execution_options(writes=True)
-        self.reading = async_sessionmaker(self.engine, expire_on_commit=False)
-        self.writing = async_sessionmaker(writing, expire_on_commit=False)
+        self._engines = {False: self.engine, True: self.engine.execution_options(writes=True)}
+
+    @asynccontextmanager
+    async def scoped(self, project: str, *, writes: bool = False) -> AsyncIterator[AsyncSession]:
+        """One transaction that sees and writes the rows of one project (app/scope.py)."""
+        session = AsyncSession(
+            self._engines[writes],
+            sync_session_class=ScopedSession,
+            expire_on_commit=False,
+            info={PROJECT: project},
+        )
+        async with _transaction(session):
+            yield session
+
+    @asynccontextmanager
+    async def unscoped(self, *, writes: bool = False) -> AsyncIterator[AsyncSession]:
+        """One transaction that sees everything: for who is asking, before that is known."""
+        session = AsyncSession(self._engines[writes], expire_on_commit=False)
+        async with _transaction(session):
+            yield session
+
+
+def transaction(
+    request: Request, *, writes: bool = False
+) -> AbstractAsyncContextManager[AsyncSession]:
+    """A transaction of the request's project: for routes that need several, one after another."""
+    database: Database = request.state.database
+    return database.scoped(request.state.principal.project, writes=writes)
 
 
 async def _read_session(request: Request) -> AsyncIterator[AsyncSession]:
-    async with _session(request.state.database.reading) as session:
+    async with transaction(request) as session:
         yield session
 
 
 async def _write_session(request: Request) -> AsyncIterator[AsyncSession]:
-    """One request is one transaction."""
-    async with _session(request.state.database.writing) as session:
+    """One request is one transaction, and leaves one line in the audit log."""
+    async with transaction(request, writes=True) as session:
         yield session
+        if changed := _changed(request):
+            await session.execute(_audited(request, changed))
         failpoint(Point.REQUEST_BEFORE_COMMIT)
     failpoint(Point.REQUEST_AFTER_COMMIT)
 
 
+def note_change(request: Request, changed: str | None) -> None:
+    """For the audit log: the id of what this request has made; None if it has changed nothing."""
+    request.state.changed = changed
+
+
+def _changed(request: Request) -> str | None:
+    named = next(iter(request.path_params.values()), None)
+    changed: str | None = getattr(request.state, "changed", named)
+    return changed
+
+
+def _audited(request: Request, changed: str) -> Insert:
+    """The statement that writes down who did what."""
+    return insert(AuditRow).values(
+        at=now(),
+        actor=request.state.principal.actor,
+        action=request.scope["route"].name,
+        object=changed,
+        request_id=request.state.request_id,
+    )
+
+
 @asynccontextmanager
-async def _session(make: async_sessionmaker[AsyncSession]) -> AsyncIterator[AsyncSession]:
+async def _transaction(session: AsyncSession) -> AsyncIterator[None]:
     try:
-        async with asyncio.timeout(REQUEST_SECONDS), make() as session, session.begin():
-            yield session
+        async with asyncio.timeout(REQUEST_SECONDS), session, session.begin():
+            yield
     except (*OUTAGES, TimeoutError) as error:
         log.warning("the database does not answer", exc_info=error)
         raise DatabaseUnavailable from error

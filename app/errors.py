@@ -4,9 +4,11 @@
     ├── MalformedBody                400  malformed_body
     ├── Unauthenticated              401  unauthenticated
     ├── CrossSite                    403  cross_site
+    ├── Forbidden                    403  forbidden
     ├── NotFound                     404  not_found
     │   ├── JobNotFound                   job_not_found
     │   ├── DatasetNotFound               dataset_not_found
+    │   ├── KeyNotFound                   key_not_found
     │   └── FileNotInAdapter              file_not_in_adapter
     ├── MethodNotAllowed             405  method_not_allowed
     ├── Conflict                     409
@@ -116,6 +118,11 @@ class CrossSite(ServiceError):
     code = "cross_site"
 
 
+class Forbidden(ServiceError):
+    status = 403
+    code = "forbidden"
+
+
 class NotFound(ServiceError):
     status = 404
     code = "not_found"
@@ -135,6 +142,13 @@ class DatasetNotFound(NotFound):
         super().__init__(
             f"There is no dataset {dataset_id!r}.", "List the datasets with GET /datasets."
         )
+
+
+class KeyNotFound(NotFound):
+    code = "key_not_found"
+
+    def __init__(self, key_id: str) -> None:
+        super().__init__(f"There is no key {key_id!r}.", "List the keys with GET /keys.")
 
 
 class FileNotInAdapter(NotFound):

@@ -3,13 +3,17 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from fastapi import Depends, FastAPI
 
 from app import __version__, health, metrics
+from app.access import endpoints as keys
+from app.access.authenticator import Authenticator
+from app.access.dependencies import require_access
+from app.access.shared_key import ensure_key
 from app.adapters import endpoints as adapters
-from app.auth import ensure_key, require_key
+from app.audit import endpoints as audit
 from app.broker_health import BrokerHealth
 from app.datasets import endpoints as datasets
 from app.datasets.uploads import forget_broken
@@ -37,7 +41,7 @@ class State(TypedDict):
     settings: Settings
     database: Database
     store: ArtifactStore
-    key: str | None
+    authenticator: Authenticator
     wakes: Periodic | None
     """Sends wake-ups to the workers of a cluster."""
     broker: BrokerHealth
@@ -72,15 +76,17 @@ def create_app(settings: Settings) -> FastAPI:
         numbers.read_from(database)
         relaying = relay(settings)
         key = ensure_key(settings)[0] if settings.auth == "key" else None
+        authenticator = Authenticator(database, key)
         store = open_store(settings)
         forget_broken(settings.uploads_dir)
         try:
             with relaying as wakes:
                 yield State(
-                    settings=settings, database=database, store=store, key=key, wakes=wakes,
-                    broker=broker, metrics=numbers,
+                    settings=settings, database=database, store=store,
+                    authenticator=authenticator, wakes=wakes, broker=broker, metrics=numbers,
                 )  # fmt: skip
         finally:
+            await authenticator.close()
             await database.engine.dispose()
             await asyncio.to_thread(flush)
 
@@ -92,17 +98,14 @@ def create_app(settings: Settings) -> FastAPI:
         redirect_slashes=False,
         redoc_url=None,
         telemetry=telemetry(),
+        generate_unique_id_function=lambda route: route.name,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )
     install_error_handlers(app)
     app.include_router(health.router)
     app.include_router(metrics.router)
-    with_key: dict[str, Any] = {"dependencies": [Depends(require_key)]}
-    app.include_router(jobs.router, **with_key)
-    app.include_router(adapters.router, **with_key)
-    app.include_router(datasets.router, **with_key)
-    app.include_router(models.router, **with_key)
-    app.include_router(workers.router, **with_key)
+    for routes in (jobs, adapters, datasets, models, workers, keys, audit):
+        app.include_router(routes.router, dependencies=[Depends(require_access)])
     app.add_middleware(
         BodyLimit, bytes=settings.max_body_bytes, upload_bytes=settings.max_upload_bytes
     )

@@ -12,6 +12,7 @@ from sqlalchemy import (
     Double,
     ForeignKey,
     Index,
+    Integer,
     MetaData,
     TypeDecorator,
     UniqueConstraint,
@@ -63,17 +64,32 @@ class Table(DeclarativeBase):
 
 
 DEFAULT_PROJECT = "default"
+
+
+class Owned:
+    """A row that belongs to a project: requests see those of their own (app/scope.py)."""
+
+    project: Mapped[str] = mapped_column(server_default=DEFAULT_PROJECT)
+
+
+class OfJob:
+    """A row that hangs on a job, and belongs to whom the job belongs."""
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
+
+
 STATUS_VALUES = ", ".join(f"'{status}'" for status in Status)
 
 
-class JobRow(Table):
+class JobRow(Owned, Table):
     """One job. The row is the truth: status is read from here and from nowhere else."""
 
     __tablename__ = "jobs"
     __table_args__ = (
         CheckConstraint(f"status IN ({STATUS_VALUES})", name="status"),
         Index("ix_jobs_status_created_at_id", "status", "created_at", "id"),
-        Index("ix_jobs_created_at_id", "created_at", "id"),
+        Index("ix_jobs_project_created_at_id", "project", "created_at", "id"),
+        Index("ix_jobs_project_status_created_at_id", "project", "status", "created_at", "id"),
         Index("ix_jobs_queue", "status", "project", "priority", "created_at", "id"),
         Index("ix_jobs_project_started_at", "project", "started_at"),
         Index(
@@ -85,8 +101,6 @@ class JobRow(Table):
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
-    project: Mapped[str] = mapped_column(server_default=DEFAULT_PROJECT)
-    """Whose job it is: projects take turns."""
     name: Mapped[str | None]
     labels: Mapped[dict[str, str]] = mapped_column(default=dict)
     base_model: Mapped[str]
@@ -175,7 +189,7 @@ class WorkerRow(Table):
     heartbeat_at: Mapped[datetime]
 
 
-class EventRow(Table):
+class EventRow(OfJob, Table):
     """What happened to a job, in order. Rows are only ever added."""
 
     __tablename__ = "job_events"
@@ -188,7 +202,7 @@ class EventRow(Table):
     data: Mapped[dict[str, Any]] = mapped_column(default=dict)
 
 
-class MetricRow(Table):
+class MetricRow(OfJob, Table):
     """One step of one series. A step that is run again after a resume replaces its row."""
 
     __tablename__ = "job_metrics"
@@ -200,11 +214,14 @@ class MetricRow(Table):
     data: Mapped[dict[str, Any]]
 
 
-class DatasetRow(Table):
+class DatasetRow(Owned, Table):
     """An uploaded dataset; its bytes lie in the store under their hash, once."""
 
     __tablename__ = "datasets"
-    __table_args__ = (UniqueConstraint("sha256", "filename"),)
+    __table_args__ = (
+        UniqueConstraint("project", "sha256", "filename"),
+        Index("ix_datasets_project_id", "project", "id"),
+    )
 
     id: Mapped[str] = mapped_column(primary_key=True)
     sha256: Mapped[str]
@@ -213,12 +230,51 @@ class DatasetRow(Table):
     created_at: Mapped[datetime]
 
 
-class IdempotencyRow(Table):
+class IdempotencyRow(Owned, Table):
     """The job that a key has made, written in the same transaction as the job."""
 
     __tablename__ = "idempotency_keys"
 
+    project: Mapped[str] = mapped_column(primary_key=True, server_default=DEFAULT_PROJECT)
     key: Mapped[str] = mapped_column(primary_key=True)
     body_sha256: Mapped[str]
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
     created_at: Mapped[datetime]
+
+
+class ApiKeyRow(Owned, Table):
+    """A key that opens one project. The key itself is shown once, and kept nowhere."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    """Twelve hexadecimal digits, which the key carries too."""
+    name: Mapped[str]
+    role: Mapped[str]
+    sha256: Mapped[str]
+    """Of the whole key: that has too much chance in it to be guessed, so no slow hash is needed."""
+    created_at: Mapped[datetime]
+    created_by: Mapped[str]
+    expires_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+    """To the minute."""
+    revoked_at: Mapped[datetime | None]
+
+
+class AuditRow(Owned, Table):
+    """Who changed what: written in the transaction of the change. Rows are only ever added."""
+
+    __tablename__ = "audit_events"
+    __table_args__ = (Index("ix_audit_events_project_id", "project", "id"),)
+
+    id: Mapped[int] = mapped_column(
+        BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True
+    )
+    at: Mapped[datetime]
+    actor: Mapped[str]
+    """The name and id of a key, or the subject of a token."""
+    action: Mapped[str]
+    """The operation's name in the OpenAPI document, such as ``create_job``."""
+    object: Mapped[str]
+    """The id of what was changed."""
+    request_id: Mapped[str]

@@ -1,21 +1,17 @@
 """``flatlora gc``"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.filesize import decimal
 from rich.table import Table
-from sqlalchemy import Engine, inspect, make_url, text
-from sqlalchemy.exc import SQLAlchemyError
 
+from app.cli.database import our_database
 from app.cli.output import FAILED, fail, out, print_json
 from app.cli.up import explained
-from app.db import make_engine
 from app.logs import configure_logs
-from app.migrate import head
 from app.retention import Cleaned, Retention
-from app.settings import Settings, get_settings
+from app.settings import get_settings
 from app.storage import Outage, open_store
 
 
@@ -30,41 +26,15 @@ def gc(
     configure_logs(settings)  # not on standard output
     with explained("FLATLORA_STORE_URL and the variables of its provider"):
         store = open_store(settings)
-    engine = _engine(settings)
-    try:
-        cleaned = Retention(engine, store, settings).clean(dry_run=dry_run)
-    except Outage as error:
-        fail(f"the store does not answer: {error}", "Check FLATLORA_STORE_URL.", code=FAILED)
-    except SQLAlchemyError as error:
-        fail(f"the database does not answer: {str(error).splitlines()[0]}", code=FAILED)
-    finally:
-        engine.dispose()
+    with our_database(settings) as engine:
+        try:
+            cleaned = Retention(engine, store, settings).clean(dry_run=dry_run)
+        except Outage as error:
+            fail(f"the store does not answer: {error}", "Check FLATLORA_STORE_URL.", code=FAILED)
     if as_json:
         print_json(cleaned.as_dict())
     else:
         _show(cleaned)
-
-
-def _engine(settings: Settings) -> Engine:
-    """That of a database of ours: none is made here."""
-    url = make_url(settings.database)
-    if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
-        fail(
-            f"there is no database at {url.database}",
-            "Set FLATLORA_DATA_DIR or FLATLORA_DATABASE_URL to those of the service.",
-        )
-    with explained("FLATLORA_DATABASE_URL"):
-        engine = make_engine(settings.database)
-        with engine.connect() as connection:
-            is_ours = inspect(connection).has_table("alembic_version")
-            query = text("SELECT version_num FROM alembic_version")
-            found = connection.scalar(query) if is_ours else None
-    if found != head():
-        fail(
-            f"the database is at migration {found or 'none'}, this program expects {head()}",
-            "Run `flatlora migrate`.",
-        )
-    return engine
 
 
 def _show(cleaned: Cleaned) -> None:

@@ -14,6 +14,7 @@ from app import __version__
 from app.cli.doctor import doctor
 from app.cli.gc import gc
 from app.cli.jobs import jobs
+from app.cli.keys import keys
 from app.cli.output import USAGE, fail, print_json
 from app.cli.up import explained, run_api, run_up
 from app.cli.workers import worker, workers
@@ -29,6 +30,7 @@ cli = typer.Typer(
 )
 cli.add_typer(jobs, name="jobs")
 cli.add_typer(workers, name="workers")
+cli.add_typer(keys, name="keys")
 cli.command()(worker)
 cli.command()(gc)
 cli.command()(doctor)

@@ -15,7 +15,7 @@ from types import FrameType
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.auth import ensure_key
+from app.access.shared_key import ensure_key
 from app.cli.output import FAILED, OK, USAGE, err, fail
 from app.flag import SharedFlag
 from app.migrate import upgrade

@@ -18,7 +18,7 @@ from app.datasets.uploads import (
     receive,
     safe_filename,
 )
-from app.db import ReadSession, WriteSession
+from app.db import ReadSession, WriteSession, note_change
 from app.errors import (
     DatasetNotFound,
     InvalidRequest,
@@ -112,6 +112,7 @@ async def create_dataset(
 ) -> Dataset:
     """The file's bytes, or a form with a part `file`. The same bytes are kept once."""
     dataset, is_new = await DatasetService(session).keep(upload)
+    note_change(request, dataset.id if is_new else None)
     response.status_code = 201 if is_new else 200
     response.headers["Location"] = f"{request.scope.get('root_path', '')}/datasets/{dataset.id}"
     return dataset

@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from app.db import ReadSession, WriteSession
+from app.db import ReadSession, WriteSession, note_change
 from app.errors import (
     IdempotencyKeyReused,
     IllegalTransition,
@@ -130,6 +130,7 @@ async def create_job(
     idempotency_key: IdempotencyKey = None,
 ) -> Job:
     job, is_replay = await jobs.submit(body, idempotency_key, request_id=request.state.request_id)
+    note_change(request, None if is_replay else job.id)
     response.headers["Location"] = f"{request.scope.get('root_path', '')}/jobs/{job.id}"
     response.headers["Retry-After"] = RETRY_SECONDS[False]
     if is_replay:

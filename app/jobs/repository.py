@@ -146,7 +146,9 @@ class JobRepository:
         return (await self._session.scalars(statement)).all()
 
     async def remembered(self, key: str) -> IdempotencyRow | None:
-        return await self._session.get(IdempotencyRow, key)
+        statement = select(IdempotencyRow).where(IdempotencyRow.key == key)
+        row: IdempotencyRow | None = await self._session.scalar(statement)
+        return row
 
     async def remember(self, key: str, body_sha256: str, job_id: str) -> None:
         self._session.add(

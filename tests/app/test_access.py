@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from app.auth import ensure_key
+from app.access.shared_key import ensure_key
 from app.main import create_app
 from app.settings import Settings
 from tests.app.conftest import make_settings

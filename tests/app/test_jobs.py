@@ -34,7 +34,7 @@ class TestGet:
 
         async def ask() -> tuple[dict[str, int], list[str]]:
             database, statements = Database(any_service.settings.database), []
-            async with database.reading() as session:
+            async with database.scoped("default") as session:
                 jobs = JobRepository(session)
                 rows = await jobs.page(JobFilter(), limit=4, after=None)
                 listen(

@@ -223,7 +223,7 @@ class TestSubmitted:
         async def add(*, fails: bool) -> str:
             database = Database(migrated_url)
             try:
-                async with database.writing.begin() as session:
+                async with database.scoped("default", writes=True) as session:
                     spec = make_spec()
                     job = await JobRepository(session, wakes=wakes).add(
                         id=new_id("job"),
