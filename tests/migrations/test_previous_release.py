@@ -83,7 +83,7 @@ class TestOldAlone:
         ]  # fmt: skip
         with Session(engine) as session:
             assert session.scalars(select(MetricRow.data)).all() == [{"loss": 1.0}]
-            assert session.get_one(IdempotencyRow, "k").job_id == submitted
+            assert session.get_one(IdempotencyRow, ("default", "k")).job_id == submitted
 
     def test_a_job_can_be_cancelled(self, engine: Engine, old: Release01, submitted: str) -> None:
         lease = held(old)
