@@ -12,7 +12,6 @@ from sqlalchemy import (
     Connection,
     Double,
     Engine,
-    Insert,
     create_engine,
     event,
     insert,
@@ -53,6 +52,7 @@ POSTGRES = {
 }
 POOL: dict[str, Any] = {"pool_pre_ping": True, "pool_timeout": 5, "pool_size": 10}
 LINE = POOL | {"pool_timeout": REQUEST_SECONDS}  # many requests at once are no outage
+
 
 OUTAGES = (OperationalError, InterfaceError, PoolTimeout)
 """What a database raises that may answer again later."""
@@ -137,6 +137,10 @@ def _prepare_sqlite(engine: Engine) -> None:
         connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
+# Built once and run without the ORM: every change waits for it.
+AUDIT_LINE = insert(AuditRow).values(at=now())
+
+
 class Database:
     """The API's ways into the database: to read, and to write, each for one project."""
 
@@ -182,7 +186,7 @@ async def _write_session(request: Request) -> AsyncIterator[AsyncSession]:
     async with transaction(request, writes=True) as session:
         yield session
         if changed := _changed(request):
-            await session.execute(_audited(request, changed))
+            await _write_down(request, session, changed)
         failpoint(Point.REQUEST_BEFORE_COMMIT)
     failpoint(Point.REQUEST_AFTER_COMMIT)
 
@@ -198,15 +202,17 @@ def _changed(request: Request) -> str | None:
     return changed
 
 
-def _audited(request: Request, changed: str) -> Insert:
-    """The statement that writes down who did what."""
-    return insert(AuditRow).values(
-        at=now(),
-        actor=request.state.principal.actor,
-        action=request.scope["route"].name,
-        object=changed,
-        request_id=request.state.request_id,
-    )
+async def _write_down(request: Request, session: AsyncSession, changed: str) -> None:
+    """Who did what, in the project that the session writes."""
+    line = {
+        "project": session.sync_session.info[PROJECT],
+        "actor": request.state.principal.actor,
+        "action": request.scope["route"].name,
+        "object": changed,
+        "request_id": request.state.request_id,
+    }
+    connection = await session.connection()
+    await connection.execute(AUDIT_LINE, line)
 
 
 @asynccontextmanager

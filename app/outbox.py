@@ -24,6 +24,10 @@ def wake(job_id: str, after_seconds: float = 0) -> Insert:
     return insert(OutboxRow).values(job_id=job_id, due_at=now(after_seconds), created_at=now())
 
 
+# Built once and run without the ORM: a submission waits for it.
+WAKE_NOW = insert(OutboxRow).values(due_at=now(), created_at=now())
+
+
 class Relay:
     """From the outbox to the broker. Any number may run: each row is taken by one at a time."""
 

@@ -18,14 +18,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import httpx2
 from rich.console import Console
 from rich.table import Table
 from sqlalchemy import delete, insert, select, update
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker
 from sqlalchemy.orm import Session
 
 from app.db import make_engine, now
@@ -33,7 +34,7 @@ from app.ids import new_id
 from app.jobs.schemas import JobCreate
 from app.jobs.states import Status
 from app.migrate import upgrade
-from app.tables import JobRow
+from app.tables import DEFAULT_PROJECT, JobRow
 from tests.faults.procs import reserve_port
 from tests.faults.servers import PostgresServer
 from tests.system.service import EXAMPLES, until
@@ -60,8 +61,9 @@ def fill(url: str, number: int, projects: int) -> None:
         "spec": spec.model_dump(mode="json"), "status": Status.QUEUED, "priority": 5,
         "attempt": 0, "fence": 0, "runtime": 0.0, "recoveries": 0, "step": 0,
     }  # fmt: skip
+    names = [DEFAULT_PROJECT, *(f"project-{number}" for number in range(1, projects))]
     rows = [
-        {**values, "id": new_id("job"), "project": f"project-{index % projects}"}
+        {**values, "id": new_id("job"), "project": names[index % projects]}
         for index in range(number)
     ]
     with Session(engine) as session, session.begin():
@@ -169,31 +171,31 @@ def measure(ours: Api, bare: Api, length: str, number: int, times: Times) -> Non
 
 def make_bare() -> Any:
     """FastAPI with two routes that insert and select one row: what any such service costs."""
-    from fastapi import FastAPI
+    from fastapi import Depends, FastAPI
     from pydantic import BaseModel
 
-    from app.db import Database, ReadSession, WriteSession
+    from app.db import make_async_engine
 
     class Row(BaseModel):
         base_model: str
         dataset_uri: str
 
-    database = Database(
-        os.environ["FLATLORA_DATABASE_URL"].replace("postgresql:", "postgresql+psycopg:")
-    )
-    app = FastAPI()
+    url = os.environ["FLATLORA_DATABASE_URL"].replace("postgresql:", "postgresql+psycopg:")
+    sessions = async_sessionmaker(make_async_engine(url), expire_on_commit=False)
 
-    @app.middleware("http")
-    async def with_database(request: Any, proceed: Any) -> Any:
-        request.state.database = database
-        return await proceed(request)
+    async def transaction() -> AsyncIterator[AsyncSession]:
+        async with sessions.begin() as session:
+            yield session
+
+    session_of_a_request = Annotated[AsyncSession, Depends(transaction, scope="function")]
+    app = FastAPI()
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         return {}
 
     @app.post("/rows", status_code=202)
-    async def create(row: Row, session: WriteSession) -> dict[str, Any]:
+    async def create(row: Row, session: session_of_a_request) -> dict[str, Any]:
         made = await session.execute(
             insert(JobRow)
             .values(
@@ -206,7 +208,7 @@ def make_bare() -> Any:
         return {"id": made.scalar_one()}
 
     @app.get("/rows/{row_id}")
-    async def read(row_id: str, session: ReadSession) -> dict[str, Any]:
+    async def read(row_id: str, session: session_of_a_request) -> dict[str, Any]:
         row = (await session.scalars(select(JobRow).where(JobRow.id == row_id))).one()
         return {"id": row.id, "status": row.status, "spec": row.spec}
 

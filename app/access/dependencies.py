@@ -42,7 +42,7 @@ def _article(role: Role) -> str:
     return "an" if role is Role.ADMIN else "a"
 
 
-def _principal(request: Request) -> Principal:
+async def _principal(request: Request) -> Principal:
     principal: Principal = request.state.principal
     return principal
 

@@ -33,6 +33,7 @@ from app.jobs.repository import JobFilter
 from app.jobs.schemas import LABEL_NAME, EventPage, Job, JobCreate, JobPage, MetricSeries
 from app.jobs.service import JobService
 from app.jobs.states import Status
+from app.periodic import Periodic
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
@@ -51,11 +52,11 @@ IdempotencyKey = Annotated[
 IfNoneMatch = Annotated[str | None, Header(description="The ETag of what the client has.")]
 
 
-def reading(request: Request, session: ReadSession) -> JobService:
+async def reading(request: Request, session: ReadSession) -> JobService:
     return JobService(session, request.state.settings)
 
 
-def writing(request: Request, session: WriteSession) -> JobService:
+async def writing(request: Request, session: WriteSession) -> JobService:
     return JobService(session, request.state.settings)
 
 
@@ -136,11 +137,16 @@ async def create_job(
     if is_replay:
         response.headers["Idempotent-Replayed"] = "true"
     if wakes := request.state.wakes:
-        background.add_task(wakes.nudge)  # after the commit and the answer
+        background.add_task(_nudge, wakes)  # after the commit and the answer
     return job
 
 
-def label_filters(request: Request) -> dict[str, str]:
+async def _nudge(wakes: Periodic) -> None:
+    """Not as a plain function: that would take a thread of its own."""
+    wakes.nudge()
+
+
+async def label_filters(request: Request) -> dict[str, str]:
     """``label.team=nlp``"""
     labels = {}
     for name, value in request.query_params.items():

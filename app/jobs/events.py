@@ -23,3 +23,7 @@ def event(job_id: str, type_: str, message: str, **data: Any) -> Insert:
         message=message,
         data=data,
     )
+
+
+# Built once and run without the ORM: a submission waits for it.
+FIRST_EVENT = insert(EventRow).values(seq=1, at=now(), data={})

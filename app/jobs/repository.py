@@ -6,34 +6,41 @@ from datetime import datetime
 from typing import Any
 
 from sqlalchemy import (
-    ColumnElement,
-    ScalarSelect,
     Select,
     case,
-    func,
     insert,
     select,
     tuple_,
     update,
 )
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import defer
+from sqlalchemy.orm import Session, defer
 
 from app.db import now
 from app.devices import count
 from app.ids import is_id
-from app.jobs.events import event
+from app.jobs.events import FIRST_EVENT, event
 from app.jobs.states import Status, may_move
-from app.outbox import wake
+from app.outbox import WAKE_NOW
+from app.scope import PROJECT
 from app.tables import EventRow, IdempotencyRow, JobRow, MetricRow, WorkerRow
 
 WAITING = [s for s in Status if may_move(s, Status.CANCELLED) and not s.is_held]
 STOPPABLE = [s for s in Status if may_move(s, Status.CANCELLING)]
-POSITIONS_LIMIT = 1000
 CANCEL_MESSAGES = {
     Status.CANCELLED: "The job was cancelled before it ran.",
     Status.CANCELLING: "The trainer was asked to stop.",
 }
+
+
+ACCEPTED = "The job was accepted."
+NEW = {"attempt": 0, "fence": 0, "runtime": 0.0, "recoveries": 0, "step": 0}
+# Built once and run without the ORM: a submission waits for it.
+ADD = (
+    insert(JobRow)
+    .values(created_at=now(), updated_at=now(), **NEW)
+    .returning(JobRow.created_at, JobRow.updated_at)
+)
 
 
 @dataclass(frozen=True)
@@ -52,13 +59,25 @@ class JobRepository:
         self._session = session
         self._wakes = wakes
 
-    async def add(self, **values: Any) -> JobRow:
-        statement = insert(JobRow).values(created_at=now(), updated_at=now(), **values)
-        job = (await self._session.scalars(statement.returning(JobRow))).one()
-        await self._session.execute(event(job.id, "job.queued", "The job was accepted."))
-        if self._wakes:
-            await self._session.execute(wake(job.id))
-        return job
+    async def add(self, *, waits: float | None = None, **values: Any) -> JobRow:
+        """A new job, its first event and its wake-up, as rows and as they are read again.
+
+        ``waits``: for so many seconds at most, in the queue.
+        """
+        statement = ADD.values(queue_deadline=now(waits)) if waits else ADD
+        values["project"] = self._session.sync_session.info[PROJECT]
+        wakes = self._wakes
+
+        def run(session: Session) -> JobRow:
+            connection = session.connection()
+            made = connection.execute(statement, values).one()
+            first = {"job_id": values["id"], "type": "job.queued", "message": ACCEPTED}
+            connection.execute(FIRST_EVENT, first)
+            if wakes:
+                connection.execute(WAKE_NOW, {"job_id": values["id"]})
+            return JobRow(**NEW, **values, created_at=made.created_at, updated_at=made.updated_at)
+
+        return await self._session.run_sync(run)
 
     async def tell(self, job_id: str, type_: str, message: str, **data: Any) -> None:
         """Add an event to a job that this transaction has written."""
@@ -87,22 +106,6 @@ class JobRepository:
         statement = statement.order_by(JobRow.created_at.desc(), JobRow.id.desc()).limit(limit)
         rows: Sequence[JobRow] = (await self._session.scalars(statement)).all()
         return rows
-
-    async def queue_positions(self, jobs: Sequence[JobRow]) -> dict[str, int]:
-        """How many queued jobs of the same project will start before each of these.
-
-        Counted to ``POSITIONS_LIMIT``, so that a long queue costs a request no more than a short.
-        """
-        lines: dict[tuple[str, int], list[JobRow]] = {}
-        for job in jobs:
-            if job.status == Status.QUEUED:
-                lines.setdefault((job.project, job.priority), []).append(job)
-        found: dict[str, int] = {}
-        for (project, priority), waiting in lines.items():
-            waiting.sort(key=_place)
-            line = _Line(self._session, project, priority)
-            found |= await line.positions(waiting)
-        return found
 
     async def cancel(self, job_id: str) -> None:
         """One statement, so that a job which moves meanwhile is either caught or over."""
@@ -155,42 +158,6 @@ class JobRepository:
             IdempotencyRow(key=key, body_sha256=body_sha256, job_id=job_id, created_at=now())
         )
         await self._session.flush()
-
-
-class _Line:
-    """The queued jobs of one project with one priority, the oldest first."""
-
-    def __init__(self, session: AsyncSession, project: str, priority: int) -> None:
-        self._session = session
-        self._queued = (JobRow.status == Status.QUEUED, JobRow.project == project)
-        self._priority = priority
-
-    async def positions(self, waiting: Sequence[JobRow]) -> dict[str, int]:
-        first, last = waiting[0], waiting[-1]
-        place, same = tuple_(JobRow.created_at, JobRow.id), JobRow.priority == self._priority
-        counts = select(
-            self._counted(JobRow.priority < self._priority)
-            + self._counted(same, place < _place(first))
-        )
-        sooner = await self._session.scalar(counts) or 0
-        later = select(JobRow.id).where(*self._queued, same, place >= _place(first))
-        later = later.where(place <= _place(last)).order_by(JobRow.created_at, JobRow.id)
-        if sooner >= POSITIONS_LIMIT or len(waiting) == 1:
-            between = [job.id for job in waiting]
-        else:
-            between = list(await self._session.scalars(later.limit(POSITIONS_LIMIT - sooner)))
-        places = {job_id: sooner + index for index, job_id in enumerate(between)}
-        return {
-            job.id: min(places.get(job.id, POSITIONS_LIMIT), POSITIONS_LIMIT) for job in waiting
-        }
-
-    def _counted(self, *conditions: ColumnElement[bool]) -> ScalarSelect[int]:
-        some = select(JobRow.id).where(*self._queued, *conditions).limit(POSITIONS_LIMIT)
-        return select(func.count()).select_from(some.subquery()).scalar_subquery()
-
-
-def _place(job: JobRow) -> tuple[datetime, str]:
-    return job.created_at, job.id
 
 
 def _filtered(statement: Select[Any], wanted: JobFilter) -> Select[Any]:

@@ -12,7 +12,6 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.datasets.repository import DatasetRepository
-from app.db import now
 from app.errors import (
     IdempotencyKeyReused,
     IllegalTransition,
@@ -21,6 +20,7 @@ from app.errors import (
 )
 from app.faults import Fault
 from app.ids import is_id, new_id
+from app.jobs.places import place, places, with_place
 from app.jobs.repository import JobFilter, JobRepository
 from app.jobs.schemas import (
     Adapter,
@@ -114,7 +114,11 @@ class JobService:
         return await self.get(known.job_id)
 
     async def get(self, job_id: str) -> Job:
-        return await self._present(await self.row(job_id))
+        found = await with_place(self._session, job_id) if is_id(job_id, "job") else None
+        if found is None:
+            raise JobNotFound(job_id)
+        row, position = found
+        return Job(**_summary(row, position), report=row.report)
 
     async def row(self, job_id: str) -> JobRow:
         row = await self._jobs.get(job_id)
@@ -198,14 +202,14 @@ class JobService:
         return faults
 
     async def _present(self, row: JobRow) -> Job:
-        positions = await self._jobs.queue_positions([row])
-        return Job(**_summary(row, positions.get(row.id)), report=row.report)
+        position = await place(self._session, row.id)
+        return Job(**_summary(row, position), report=row.report)
 
     async def list(self, wanted: JobFilter, *, limit: int, after: str | None) -> JobPage:
         place = _place(after) if after else None
         rows = await self._jobs.page(wanted, limit=limit + 1, after=place)
         shown = rows[:limit]
-        positions = await self._jobs.queue_positions(shown)
+        positions = await places(self._session, shown)
         return JobPage(
             items=[JobSummary(**_summary(row, positions.get(row.id))) for row in shown],
             next=_cursor(shown[-1]) if len(rows) > limit else None,
@@ -224,7 +228,7 @@ def _new_row(spec: JobCreate) -> dict[str, Any]:
         "traceparent": inject(),
         "priority": spec.priority,
         "gpus": 1 if spec.dry_run else spec.resources.gpus,
-        "queue_deadline": now(waits) if (waits := spec.resources.max_queue_time) else None,
+        "waits": spec.resources.max_queue_time,
     }
 
 

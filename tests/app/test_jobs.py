@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from app.db import Database
 from app.jobs.events import event
+from app.jobs.places import places
 from app.jobs.repository import JobFilter, JobRepository
 from app.jobs.states import Reason, Status
 from tests.app.service import Json, Service, faults, ok
@@ -42,12 +43,12 @@ class TestGet:
                     "before_cursor_execute",
                     lambda *given: statements.append(given[2]),
                 )
-                places = await jobs.queue_positions(rows)
+                found = await places(session, rows)
             await database.engine.dispose()
-            return places, statements
+            return found, statements
 
-        places, statements = asyncio.run(ask())
-        assert places == {ids[2]: 1, ids[4]: 2, ids[5]: 3}
+        found, statements = asyncio.run(ask())
+        assert found == {ids[2]: 1, ids[4]: 2, ids[5]: 3}
         assert len(statements) == 2
 
     def test_it_is_304_until_something_has_changed(self, any_service: Service) -> None:
