@@ -38,6 +38,7 @@ BODY = {
     "required": True,
     "content": {
         **{name: {"schema": BINARY} for name in SUFFIXES},
+        "application/json": {"schema": {}},  # rows of any shape: the worker reads them
         "multipart/form-data": {"schema": FORM},
     },
 }

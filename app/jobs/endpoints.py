@@ -10,6 +10,7 @@ from pydantic import (
     AfterValidator,
     AwareDatetime,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     model_validator,
@@ -64,9 +65,17 @@ Reading = Annotated[JobService, Depends(reading)]
 Writing = Annotated[JobService, Depends(writing)]
 
 
+RFC_3339 = re.compile(r"\d{4}-\d\d-\d\d[Tt ]")
 BIGGEST = 2**31 - 1  # of the integers that both databases keep
 
 PlainText = Annotated[str, Field(max_length=1024, pattern=r"^[^\x00]*$")]
+
+
+def _written(moment: Any) -> Any:
+    """Not a number: that would be read as seconds since 1970."""
+    if isinstance(moment, str) and not RFC_3339.match(moment):
+        raise ValueError("expected a moment of RFC 3339, such as 2026-11-24T08:00:00Z")
+    return moment
 
 
 def _to_utc(moment: datetime) -> datetime:
@@ -85,9 +94,9 @@ class Page(BaseModel):
 class ListQuery(Page):
     status: list[Status] = Field([], description="May be repeated.")
     base_model: PlainText | None = None
-    created_after: Annotated[AwareDatetime, AfterValidator(_to_utc)] | None = Field(
-        None, description="RFC 3339, with its zone."
-    )
+    created_after: (
+        Annotated[AwareDatetime, BeforeValidator(_written), AfterValidator(_to_utc)] | None
+    ) = Field(None, description="RFC 3339, with its zone.")
     limit: int = Field(20, ge=1, le=100)
     after: str | None = Field(None, max_length=256, description="`next` of the page before.")
 

@@ -1,0 +1,222 @@
+"""What a user waits for: the API's start, a job's start on an idle worker, an adapter's download.
+
+    python -m benchmarks.service [--jobs 40] [--gib 1] [--downloads 5] [--json PATH]
+
+The download is of one file of an adapter from a local store, through the API and from a plain
+static file server (Starlette's ``StaticFiles`` under the same uvicorn), by the same client, in
+turns; it ends with 1 if the bytes differ. The job's start is the time from its ``created_at`` to
+its ``started_at``, both by the database's clock: embedded, where the dispatcher polls, and in a
+cluster, where Celery wakes the worker.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import httpx2
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy.orm import Session
+
+from app.db import make_engine, now
+from app.ids import new_id
+from app.jobs.schemas import JobCreate
+from app.jobs.states import Status
+from app.settings import Settings
+from app.storage import open_store
+from app.tables import JobRow
+from benchmarks.queue import BODY, Api
+from tests.faults.cluster import Cluster
+from tests.faults.procs import reserve_port
+from tests.system.service import Service
+
+CHUNK = 1 << 20
+STARTS = 5
+FILE = "adapter_model.safetensors"
+
+
+def start_of_the_api() -> list[float]:
+    """Seconds from the start of ``flatlora api`` to its first answer, migrations done before."""
+    taken = []
+    with tempfile.TemporaryDirectory() as folder:
+        service = Service(Path(folder))
+        service.start()
+        service.stop()
+        environment = service.environment | {"FLATLORA_LOG_LEVEL": "error"}
+        for _ in range(STARTS):
+            started = time.perf_counter()
+            command = [sys.executable, "-m", "app.cli.main", "api"]
+            api = subprocess.Popen(  # noqa: S603 - our own module
+                command, env=environment, stderr=subprocess.DEVNULL
+            )
+            until_it_answers(f"http://127.0.0.1:{service.port}/healthz")
+            taken.append(time.perf_counter() - started)
+            api.terminate()
+            api.wait()
+    return taken
+
+
+def until_it_answers(url: str) -> None:
+    while True:
+        try:
+            if httpx2.get(url, timeout=1).is_success:
+                return
+        except httpx2.TransportError:
+            time.sleep(0.01)
+
+
+def waits(job: dict[str, Any]) -> float:
+    created, started = job["created_at"], job["started_at"]
+    return (datetime.fromisoformat(started) - datetime.fromisoformat(created)).total_seconds()
+
+
+def embedded_starts(jobs: int) -> list[float]:
+    """One job after another, each ended before the next is sent."""
+    with tempfile.TemporaryDirectory() as folder:
+        service = Service(Path(folder))
+        del service.environment["FLATLORA_POLL_SECONDS"]  # as a user has it
+        service.start()
+        try:
+            return [
+                waits(service.finish(service.submit({**BODY, "rank": 4, "dry_run": True})))
+                for _ in range(jobs)
+            ]
+        finally:
+            service.stop()
+
+
+def cluster_starts(jobs: int) -> list[float]:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        with Cluster(Path(folder) / "c", workers=1, slots=1) as cluster:
+            found = []
+            for number in range(jobs):
+                job_id = cluster.submit(steps=1, checkpoint_steps=1, step_ms=0, seed=number)
+                cluster.settle(seconds=60)
+                found.append(waits(cluster.job(job_id)))
+            return found
+
+
+def make_static() -> Any:
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse
+    from starlette.routing import Mount, Route
+    from starlette.staticfiles import StaticFiles
+
+    async def healthz(_request: Any) -> JSONResponse:
+        return JSONResponse({})
+
+    files = StaticFiles(directory=os.environ["STATIC_FOLDER"])
+    return Starlette(routes=[Route("/healthz", healthz), Mount("/files", files)])
+
+
+def add_adapter(settings: Settings, file: Path) -> str:
+    """A finished job whose adapter is one large file."""
+    sha256 = open_store(settings).put_file(file)
+    listed = [{"name": FILE, "size": file.stat().st_size, "sha256": sha256}]
+    spec = JobCreate.model_validate(BODY).resolved()
+    row = JobRow(
+        id=new_id("job"), base_model=spec.base_model, dataset_uri=spec.dataset_uri,
+        spec=spec.stored(), status=Status.SUCCEEDED, created_at=now(), updated_at=now(),
+        finished_at=now(), adapter={"files": listed, "size": listed[0]["size"]},
+    )  # fmt: skip
+    engine = make_engine(settings.database).execution_options(writes=True)
+    with Session(engine) as session, session.begin():
+        session.add(row)
+        session.flush()
+        return row.id
+
+
+def download(api: Api, path: str) -> tuple[float, str]:
+    """Seconds, and the hash of what came."""
+    digest, started = hashlib.sha256(), time.perf_counter()
+    with api.http.stream("GET", path) as response:
+        response.raise_for_status()
+        body = b"".join(response.iter_raw(CHUNK))
+    taken = time.perf_counter() - started
+    digest.update(body)
+    return taken, digest.hexdigest()
+
+
+def downloads(gib: float, times: int) -> dict[str, float]:
+    """Bytes a second of each, by the median."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        size = round(gib * (1 << 30))
+        with (folder / FILE).open("wb") as file:
+            for _ in range(size >> 20):
+                file.write(os.urandom(CHUNK))
+        service = Service(folder)
+        service.start()
+        service.stop()  # its database is there now
+        settings = Settings(data_dir=service.data_dir, api_key=None)
+        job_id = add_adapter(settings, folder / FILE)
+        ports = [reserve_port().getsockname()[1] for _ in range(2)]
+        environment = {
+            "FLATLORA_DATA_DIR": str(service.data_dir),
+            "FLATLORA_API_KEY": "flk_benchmark",
+            "FLATLORA_LOG_LEVEL": "warning",
+            "STATIC_FOLDER": name,
+        }
+        ours = Api("app.main:make_app", ports[0], environment)
+        static = Api("benchmarks.service:make_static", ports[1], environment)
+        taken: dict[str, list[float]] = {"ours": [], "static": []}
+        try:
+            for _ in range(times):
+                seconds, ours_hash = download(ours, f"/jobs/{job_id}/adapter/{FILE}")
+                taken["ours"].append(seconds)
+                seconds, static_hash = download(static, f"/files/{FILE}")
+                taken["static"].append(seconds)
+                if ours_hash != static_hash:
+                    raise SystemExit("the downloads differ")
+        finally:
+            ours.stop()
+            static.stop()
+    return {name: size / statistics.median(found) for name, found in taken.items()}
+
+
+def p95(values: list[float]) -> float:
+    return statistics.quantiles(values, n=20, method="inclusive")[18]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--jobs", type=int, default=40)
+    parser.add_argument("--gib", type=float, default=1.0)
+    parser.add_argument("--downloads", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="also write the numbers here")
+    options = parser.parse_args()
+    api, rates = start_of_the_api(), downloads(options.gib, options.downloads)
+    starts = {
+        "embedded": embedded_starts(options.jobs),
+        "cluster": cluster_starts(options.jobs),
+    }
+    table = Table("", "", title="what a user waits for")
+    table.add_row("start of the API, median of 5", f"{statistics.median(api):.2f} s")
+    for name, found in starts.items():
+        half = statistics.median(found)
+        table.add_row(f"start of a job, {name}: p50, p95", f"{half:.2f} s, {p95(found):.2f} s")
+    for name, rate in rates.items():
+        table.add_row(f"download of {options.gib:g} GiB, {name}", f"{rate / (1 << 20):.0f} MiB/s")
+    ratio = rates["ours"] / rates["static"]
+    table.add_row("ours ÷ static file server", f"{ratio:.2f}")
+    Console().print(table)
+    if options.json:
+        record = {"api": api, "starts": starts, "bytes a second": rates, "ratio": ratio}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
