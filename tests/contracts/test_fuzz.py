@@ -1,0 +1,82 @@
+"""Schemathesis over the whole document: no 5xx, and every answer is one that is promised.
+
+It sends requests that fit the schema, requests that do not, and chains of requests that use what
+earlier ones have made. In every run some; ten thousand where asked for: ``pytest -m torture``.
+"""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from tests.system.service import EXAMPLES, ROOT, until
+
+KEY = "flk_operator_of_the_fuzzed_service"
+# A job that fits its schema may still name a model that is not here.
+NOT_CHECKED = "positive_data_acceptance"
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[str]:
+    """The API alone, in a process of its own: jobs wait, and the examples of the document fit."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        environment = {
+            **{name: value for name, value in os.environ.items() if "FLATLORA" not in name},
+            "FLATLORA_DATA_DIR": str(tmp_path / "data"),
+            "FLATLORA_API_KEY": KEY,
+            "FLATLORA_DATASET_ROOTS": str(ROOT),
+            "FLATLORA_MODEL_ROOTS": str(ROOT),
+            "FLATLORA_LOG_LEVEL": "error",
+        }
+        migrate = [sys.executable, "-m", "app.cli.main", "migrate"]
+        (tmp_path / "data").mkdir(mode=0o700)
+        subprocess.run(migrate, env=environment, check=True, capture_output=True)
+        command = [sys.executable, "-m", "uvicorn", "--factory", "app.main:make_app"]
+        command += ["--fd", str(listening.fileno()), "--log-level", "warning"]
+        server = subprocess.Popen(command, env=environment, pass_fds=[listening.fileno()])
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        until(lambda: httpx2.get(f"{url}/readyz", timeout=30).is_success)
+        yield url
+        assert server.poll() is None, "the API has died"
+        server.terminate()
+        assert server.wait(30) in {0, -15}
+
+
+def fuzz(url: str, folder: Path, *options: str, key: str | None = KEY) -> int:
+    """Run it; how many cases it has sent."""
+    with_key = ["--header", f"Authorization: Bearer {key}"] if key else []
+    program = shutil.which("schemathesis", path=str(Path(sys.executable).parent))
+    assert program
+    done = subprocess.run(
+        [program, "run", f"{url}/openapi.json", *with_key, "--no-color", "--continue-on-failure",
+         "--exclude-checks", NOT_CHECKED, *options],
+        cwd=folder, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr
+    found = re.search(r"([\d,]+) generated", done.stdout)
+    assert found, done.stdout
+    return int(found[1].replace(",", ""))
+
+
+def test_every_operation_keeps_its_promises(api: str, tmp_path: Path) -> None:
+    assert EXAMPLES.is_relative_to(ROOT)
+    assert fuzz(api, tmp_path, "--max-examples", "3", "--seed", "1") > 500
+
+
+def test_without_a_key_nothing_more_is_told(api: str, tmp_path: Path) -> None:
+    phases = ("--phases", "examples,coverage", "--max-examples", "1", "--seed", "1")
+    assert fuzz(api, tmp_path, *phases, key=None) > 100
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("key", [KEY, None])
+def test_ten_thousand_cases(api: str, tmp_path: Path, key: str | None) -> None:
+    assert fuzz(api, tmp_path, "--max-examples", "300", key=key) >= 10_000
