@@ -78,14 +78,14 @@ def bucket_file(uri: str, settings: Settings) -> BucketFile:
             "Write s3://bucket/folder/rows.jsonl, without empty parts, '.' and '..'; the key as "
             "it is, not quoted.",
         )
-    if not any(_is_below(uri, pattern) for pattern in settings.dataset_buckets):
+    if not any(_matches(uri, pattern) for pattern in settings.dataset_buckets):
         listed = ", ".join(settings.dataset_buckets) or "none"
         raise UriError(
             "bucket_not_allowed",
             f"{shown(uri)} is in none of the buckets that datasets may come from: {listed}.",
             "Add it to FLATLORA_DATASET_BUCKETS, or upload the rows with POST /datasets.",
         )
-    if settings.store_url and _is_below(uri, settings.store_url.replace("*", "")):
+    if settings.store_url and uri.startswith(f"{settings.store_url.rstrip('/')}/"):
         raise UriError(
             "path_not_allowed",
             f"{shown(uri)} lies in the service's own store, from which nothing is read.",
@@ -128,7 +128,7 @@ def _is_hub_file(repo: str, revision: str | None, path: str) -> bool:
     return bool(is_repo and is_revision and is_path(path) and not re.search(r"[?#*]", path))
 
 
-def _is_below(uri: str, pattern: str) -> bool:
+def _matches(uri: str, pattern: str) -> bool:
     """``s3://team-*/rows`` is all below the folders rows of these buckets; no * spans a slash."""
     regex = re.escape(pattern.rstrip("/")).replace(r"\*", "[^/]*")
     return bool(re.fullmatch(rf"{regex}(?:/.*)?", uri))

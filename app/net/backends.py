@@ -2,7 +2,8 @@
 
 A name is looked up once per connection. Every address that it stands for must be allowed, as it is
 chance which one is taken; the connection then goes to the address that was checked, as a number,
-so that there is no second look which could answer otherwise. TLS still asks for the name.
+so that there is no second look which could answer otherwise. TLS still asks for the name. Sockets
+of this machine's file system are not opened: httpcore2's base classes refuse them.
 """
 
 import asyncio
@@ -88,14 +89,6 @@ class PublicBackend(httpcore2.NetworkBackend):
                 continue
         return connect(last)
 
-    def connect_unix_socket(
-        self,
-        path: str,
-        timeout: float | None = None,
-        socket_options: "Iterable[SOCKET_OPTION] | None" = None,
-    ) -> httpcore2.NetworkStream:
-        raise AddressNotAllowed(path)
-
 
 class _Stream(httpcore2.NetworkStream):
     """A stream on which nothing waits for longer than the deadline."""
@@ -155,14 +148,6 @@ class AsyncPublicBackend(httpcore2.AsyncNetworkBackend):
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout):
                 continue
         return await self._sockets.connect_tcp(last, port, timeout, local_address, socket_options)
-
-    async def connect_unix_socket(
-        self,
-        path: str,
-        timeout: float | None = None,  # noqa: ASYNC109 - the signature of httpcore2
-        socket_options: "Iterable[SOCKET_OPTION] | None" = None,
-    ) -> httpcore2.AsyncNetworkStream:
-        raise AddressNotAllowed(path)
 
     async def sleep(self, seconds: float) -> None:
         await self._sockets.sleep(seconds)

@@ -14,7 +14,7 @@ import httpcore2
 import httpx2
 
 from app.net.backends import AsyncPublicBackend, Deadline, PublicBackend
-from app.net.errors import AnswerTooLarge, NetError, RedirectNotAllowed, named
+from app.net.errors import NetError, RedirectNotAllowed, named
 from app.net.rules import Rules
 from app.net.urls import check_url
 
@@ -65,9 +65,7 @@ class PublicClient:
         self._client.close()
 
     @contextmanager
-    def get(
-        self, text: str, headers: Mapping[str, str] | None = None
-    ) -> Iterator[httpx2.Response]:
+    def get(self, text: str, headers: Mapping[str, str] | None = None) -> Iterator[httpx2.Response]:
         """The answer at the end of three redirects at most, of any status. Raises a ``NetError``.
 
         Its body is read with ``chunks_of``.
@@ -186,11 +184,3 @@ async def _beginning(chunks: AsyncIterator[bytes], size: int) -> bytes:
         if len(found) >= size:
             break
     return bytes(found[:size])
-
-
-def check_size(size: int, max_bytes: int, host: str) -> None:
-    if size > max_bytes:
-        raise AnswerTooLarge(
-            f"What {host} sends has more than {max_bytes:,} bytes.",
-            "Compress it (.gz, .zst), or raise FLATLORA_MAX_DATASET_BYTES.",
-        )

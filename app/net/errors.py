@@ -11,6 +11,7 @@ UriError                       code, detail, hint
     ├── ConnectionFailed       connection_failed
     ├── TlsFailed              tls_failed
     ├── TimedOut               timed_out
+    ├── AnswerRefused          answer_refused
     └── AnswerTooLarge         answer_too_large
 """
 
@@ -84,6 +85,16 @@ class TlsFailed(NetError):
 class TimedOut(NetError):
     code = "timed_out"
     is_transient = True
+
+
+class AnswerRefused(NetError):
+    """A status that brings nothing."""
+
+    code = "answer_refused"
+
+    def __init__(self, detail: str, hint: str, *, is_transient: bool = False) -> None:
+        super().__init__(detail, hint)
+        self.is_transient = is_transient
 
 
 class AnswerTooLarge(NetError):

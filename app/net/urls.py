@@ -8,7 +8,7 @@ from app.net.addresses import literal
 from app.net.errors import AddressNotAllowed, PortNotAllowed, SchemeNotAllowed, UrlMalformed
 from app.net.rules import Rules
 
-MAX_LENGTH = 8192
+MAX_LENGTH, MAX_SHOWN = 8192, 300
 SHAPE = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<authority>[^/?#]+)(?:[/?#].*)?")
 AUTHORITY = re.compile(r"(?:\[[^\]@]*\]|[^\[\]:@]+)(?::(?P<port>\d{1,5})?)?", re.ASCII)
 NAME = re.compile(r"(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_-]{1,63}")
@@ -54,11 +54,15 @@ def port_of(url: httpx2.URL) -> int:
     return url.port if url.port is not None else {"http": 80, "https": 443}[url.scheme]
 
 
-def shown(uri: str) -> str:
+def bare(uri: str) -> str:
     """A URI without what may be secret in it: user, password, and a query, which may sign it."""
-    bare = re.split(r"[?#]", uri, maxsplit=1)[0]
-    bare = re.sub(r"(?<=//)[^/]*@", "", bare)
-    return repr(bare) if len(bare) <= 300 else repr(bare[:300]) + "…"
+    return re.sub(r"(?<=//)[^/]*@", "", re.split(r"[?#]", uri, maxsplit=1)[0])
+
+
+def shown(uri: str) -> str:
+    """The same in quotes, and cut where it is long."""
+    found = bare(uri)
+    return repr(found) if len(found) <= MAX_SHOWN else f"{found[:MAX_SHOWN]!r}…"
 
 
 def _is_plain(text: str) -> bool:
