@@ -1,6 +1,7 @@
 """The trainer process: one job, then the end. It holds no key to the database or the broker.
 
     python -m worker.trainer download <job folder> <report descriptor> <hub id> <revision> <what>
+    python -m worker.trainer hub|web|bucket <job folder> <report descriptor> <order>
     python -m worker.trainer train    <job folder> <report descriptor>
     python -m worker.trainer verify   <job folder> <report descriptor>
 
@@ -8,7 +9,8 @@ A job of several GPUs is trained by as many processes, its ranks, and ``train`` 
 
     python -m worker.trainer rank     <job folder> <report descriptor>
 
-``what`` is ``all``, or ``description`` for a model without its weights.
+``what`` is ``all``, or ``description`` for a model without its weights. ``order`` is the file in
+which worker/remote.py has written which dataset to fetch.
 
 It stops at the next step when told to: SIGTERM means drain (checkpoint, exit 75), SIGUSR1 means
 cancel (exit 76). It dies with its supervisor: the kernel kills it where that can be asked for,
@@ -20,6 +22,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -109,6 +112,7 @@ def main() -> int:
     task, folder, descriptor, *arguments = sys.argv[1:]
     place = f"rank {os.environ['RANK']} " if task == "rank" else ""
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {place}%(levelname)s %(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # else it tells every URL, signed or not
     failures = reporter = PipeReporter(int(descriptor))
     if task == "rank":  # the others' say counts too
         failures = PipeReporter(int(os.environ[FAILURE_DESCRIPTOR]))
@@ -140,18 +144,35 @@ def explain(error: Exception) -> JobError:
 def _download(
     _folder: Path,
     reporter: PipeReporter,
-    _control: Signals,
+    control: Signals,
     name: str,
     revision: str,
     what: str,
 ) -> None:
+    _die_at_once(control)  # what has come stays in the cache
+
     from worker.download import download_model
 
-    # Nobody waits for half a download, and what has come stays in the cache.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     path = download_model(name, revision or None, with_weights=what == "all")
     reporter.result({"path": str(path)})
+
+
+def _fetch(_folder: Path, reporter: PipeReporter, control: Signals, order: str) -> None:
+    _die_at_once(control)
+
+    from worker.remote import Order, bring, watch_the_clock
+
+    ordered = Order.read(Path(order))
+    watch_the_clock(ordered, reporter)
+    reporter.result(asdict(bring(ordered)))
+
+
+def _die_at_once(control: Signals) -> None:
+    """From now on, or now: nobody waits for half a download."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    if wish := control.wish():
+        raise Stopped(wish)
 
 
 def _train(folder: Path, reporter: PipeReporter, control: Signals) -> None:
@@ -239,6 +260,9 @@ def _verify(folder: Path, reporter: PipeReporter, _control: Signals) -> None:
 
 TASKS: dict[str, Callable[..., None]] = {
     "download": _download,
+    "hub": _fetch,
+    "web": _fetch,
+    "bucket": _fetch,
     "train": _train,
     "rank": _rank,
     "verify": _verify,
