@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flatlora import sigma_at
 from worker.training.batches import Batch
 from worker.training.checkpoints import Checkpoints
-from worker.training.data.rendering import Example
+from worker.training.data.examples import Example, lengths_of
 from worker.training.errors import LossDiverged, Stopped
 from worker.training.evaluation import best_of, evaluate, is_exhausted
 from worker.training.model.head import summed_loss
@@ -42,7 +42,7 @@ def train(
         torch.OutOfMemoryError: If a step does not fit; ``state`` is not that of any step then.
     """
     job, settings = run.job, run.job.training
-    order = RowOrder([len(row.ids) for row in run.train], settings, job.seed)
+    order = RowOrder(lengths_of(run.train), settings, job.seed)
     evaluate_every = evaluation_every(job, run.total_steps)
     checkpoint_every = settings.checkpoint_steps or max(10, math.ceil(run.total_steps / 10))
     adapter = list(run.adapter.values())

@@ -136,6 +136,7 @@ class Recorder:
 
     def __init__(self, stop: tuple[int, Any] | None = None) -> None:
         self.phases: list[str] = []
+        self.tallies: list[tuple[int, int | None]] = []
         self.steps: list[dict[str, Any]] = []
         self.evaluations: list[tuple[int, Mapping[str, Any]]] = []
         self.events: list[tuple[str, str]] = []
@@ -144,6 +145,9 @@ class Recorder:
 
     def phase(self, name: str) -> None:
         self.phases.append(name)
+
+    def rows(self, done: int, total: int | None) -> None:
+        self.tallies.append((done, total))
 
     def preflight(self, report: Mapping[str, Any]) -> None:
         self.report = report

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from worker.training.data.conversations import Conversation
+from worker.training.data.examples import Example
 from worker.training.data.words import shown
 from worker.training.errors import ConfigInvalid
 
@@ -60,23 +61,6 @@ class RowRefused(Exception):
     def __init__(self, problem: str, hint: str) -> None:
         super().__init__(problem)
         self.hint = hint
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row as the model sees it."""
-
-    ids: Int32[np.ndarray, " length"]
-    in_loss: Bool[np.ndarray, " length"]
-
-    @property
-    def targets(self) -> int:
-        """Tokens that the loss is taken on. The first token of a row is never predicted."""
-        return int(self.in_loss[1:].sum())
-
-    def cut(self, max_length: int) -> "Example":
-        """The first ``max_length`` tokens."""
-        return Example(self.ids[:max_length], self.in_loss[:max_length])
 
 
 @dataclass(frozen=True)

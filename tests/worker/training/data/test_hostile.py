@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from tests.worker.training.data.kept import read
 from tests.worker.training.data.measured import Measured
 from worker.training.config import Data, DataFile
-from worker.training.data.dataset import read
 from worker.training.data.limits import explain_end
 from worker.training.data.parsing import parse
 from worker.training.errors import DatasetInvalid

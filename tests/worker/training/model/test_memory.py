@@ -29,7 +29,7 @@ from flatlora import FlatLora, FlatLoraConfig
 from tests.worker.training.model.shapes import EIGHT_B, FOUR_B, LORA, ONE_B, SIZES, THREE_B, rank_16
 from worker.training.batches import Batch
 from worker.training.config import BaseModel, Lora
-from worker.training.data.rendering import Example
+from worker.training.data.examples import Example
 from worker.training.model.base import checkpoint_activations
 from worker.training.model.head import answer_with_loss, summed_loss
 from worker.training.model.lora import fast_adapters
