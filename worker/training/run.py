@@ -95,7 +95,7 @@ def _read(
     job: TrainingJob, tokenizer: PreTrainedTokenizerBase, folder: Path, tally: Tally
 ) -> Prepared:
     """The job's rows. Ranks read them each for itself, and where one stops all do."""
-    renderer = Renderer(tokenizer, job.data.loss_on, today=job.clock)
+    renderer = Renderer(tokenizer, job.data.loss_on, today=job.clock, proceed=tally.proceed)
     positions = max_positions(job.base_model)
     prepared, wish = None, None
     try:
