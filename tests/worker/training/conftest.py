@@ -140,6 +140,7 @@ class Recorder:
         self.steps: list[dict[str, Any]] = []
         self.evaluations: list[tuple[int, Mapping[str, Any]]] = []
         self.events: list[tuple[str, str]] = []
+        self._data: dict[str, dict[str, Any]] = {}
         self.report: Mapping[str, Any] = {}
         self._stop = stop
 
@@ -160,6 +161,11 @@ class Recorder:
 
     def event(self, type_: str, message: str, **data: Any) -> None:
         self.events.append((type_, message))
+        self._data[type_] = data
+
+    def data_of(self, type_: str) -> dict[str, Any] | None:
+        """That of the last event of a type, if there was one."""
+        return self._data.get(type_)
 
     def wish(self) -> Any:
         done = self.steps[-1]["step"] if self.steps else 0
