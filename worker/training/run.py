@@ -204,7 +204,7 @@ def _result(this_run: Run, state: State, place: Place) -> dict[str, Any]:
     job, first, last = this_run.job, state.held_out[0], state.held_out[-1]
     best = best_of(state.held_out)
     kept = best if job.evaluation.keep == "best" and best else last
-    trainable = sum(weight.numel() for weight in this_run.adapter.values())
+    trainable, parameters = this_run.model.get_nb_trainable_parameters()  # as 4 bits are packed
     order = RowOrder(lengths_of(this_run.train), job.training, job.seed)
     return {
         "held_out": {
@@ -221,9 +221,9 @@ def _result(this_run: Run, state: State, place: Place) -> dict[str, Any]:
         "epochs": round(order.epochs(state.step), 4),
         "train_tokens": state.tokens,
         "sigma": job.sigma,
-        "perturbed_layers": len(this_run.flat.targets),
+        "perturbed_layers": len(this_run.flat.targets) if job.sigma else 0,
         "trainable_parameters": trainable,
-        "parameters": sum(p.numel() for p in this_run.model.parameters()) - trainable,
+        "parameters": parameters - trainable,
         "precision": place.precision,
         "gpus": place.ranks.size,
         "strategy": place.strategy,
