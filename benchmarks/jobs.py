@@ -31,6 +31,9 @@ class Kept:
     def phase(self, name: str) -> None:
         """Nothing is made of it."""
 
+    def rows(self, done: int, total: int | None) -> None:
+        """Nothing is made of it."""
+
     def preflight(self, report: Mapping[str, Any]) -> None:
         """Nothing is made of it."""
 

@@ -38,7 +38,7 @@ from benchmarks.trl_trainer import make_trainer
 from worker.training.batches import Batch
 from worker.training.config import TrainingJob
 from worker.training.data.dataset import Prepared
-from worker.training.data.rendering import Example
+from worker.training.data.examples import Example
 from worker.training.model.base import (
     attach_adapter,
     choose_device,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from worker.training.data.rendering import Example
+from worker.training.data.examples import Example
 from worker.training.packing import Sequences, best_fit
 from worker.training.packing import length as length_of
 

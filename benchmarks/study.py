@@ -43,7 +43,7 @@ from benchmarks.chance import t_95
 from benchmarks.jobs import Kept, add_arguments, rows_of, training_job
 from flatlora import sharpness
 from worker.training.config import TrainingJob
-from worker.training.data.rendering import Example
+from worker.training.data.examples import Example
 from worker.training.model.base import choose_device, choose_dtype, load_base
 from worker.training.run import run
 

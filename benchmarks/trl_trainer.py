@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer  # type: ignore[attr-defined]  # imported lazily by TRL
 
 from benchmarks.sequences import IGNORED
-from worker.training.data.rendering import Example
+from worker.training.data.examples import Example
 
 
 class Watched(SFTTrainer):

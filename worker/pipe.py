@@ -19,6 +19,9 @@ class PipeReporter:
     def phase(self, name: str) -> None:
         self._send("phase", name=name)
 
+    def rows(self, done: int, total: int | None) -> None:
+        self._send("rows", done=done, total=total)
+
     def preflight(self, report: Mapping[str, Any]) -> None:
         self._send("preflight", report=dict(report))
 

@@ -40,6 +40,8 @@ class Progress:
             match message["kind"]:
                 case "phase":
                     self._row["phase"] = message["name"]
+                case "rows":
+                    self._row["progress"] = {"rows": message["done"], "of": message["total"]}
                 case "preflight":
                     self._row["report"] = message["report"]
                     self._event("job.preflight", "The dataset was checked.", {})

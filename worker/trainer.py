@@ -12,9 +12,9 @@ A job of several GPUs is trained by as many processes, its ranks, and ``train`` 
 ``what`` is ``all``, or ``description`` for a model without its weights. ``order`` is the file in
 which worker/remote.py has written which dataset to fetch.
 
-It stops at the next step when told to: SIGTERM means drain (checkpoint, exit 75), SIGUSR1 means
-cancel (exit 76). It dies with its supervisor: the kernel kills it where that can be asked for,
-and everywhere it leaves when its standard input is closed.
+It stops at the next row or step when told to: SIGTERM means drain (checkpoint, exit 75), SIGUSR1
+means cancel (exit 76). It dies with its supervisor: the kernel kills it where that can be asked
+for, and everywhere it leaves when its standard input is closed.
 """
 
 import logging
@@ -85,9 +85,12 @@ class Signals:
 
 
 class Silent:
-    """The ``Reporter`` and the ``Control`` of ranks that have nothing to say."""
+    """The ``Reporter`` of ranks that have nothing to say."""
 
     def phase(self, name: str) -> None:
+        pass
+
+    def rows(self, done: int, total: int | None) -> None:
         pass
 
     def preflight(self, report: Mapping[str, Any]) -> None:
@@ -101,9 +104,6 @@ class Silent:
 
     def event(self, type_: str, message: str, **data: Any) -> None:
         pass
-
-    def wish(self) -> Wish | None:
-        return None
 
 
 def main() -> int:
@@ -209,7 +209,7 @@ def _launch(job: TrainingJob, folder: Path, reporter: PipeReporter, control: Sig
         {"FLATLORA_DEVICE": device, "CUDA_VISIBLE_DEVICES": visible(device)} for device in devices
     ]
     with RankProcesses(command, environments) as ranks:
-        control.pass_on(ranks.signal_first)
+        control.pass_on(ranks.signal_all)
         ended = ranks.wait()
     log.info("the ranks have ended: %s", ", ".join(f"{one.rank} with {one.code}" for one in ended))
     end_as(ended, reporter)
@@ -238,7 +238,7 @@ def _rank(folder: Path, reporter: PipeReporter, control: Signals) -> None:
     try:
         with joined(patience):
             if os.environ["RANK"] != "0":
-                run(job, folder, Silent(), Silent())
+                run(job, folder, Silent(), control)
                 return
             reporter.result(run(job, folder, reporter, control))
     except JobError:

@@ -298,6 +298,17 @@ class TestProgress:
         claims.release(lease, "drained")
         assert claimed(claims).runtime == row(engine, job_id).runtime
 
+    def test_rows_that_are_validated_are_progress_and_a_sign_of_life(
+        self, engine: Engine, claims: Claims
+    ) -> None:
+        job_id = add_job(engine)
+        progress = Progress(claims, claimed(claims))
+        heard_at = progress.heard_at
+        progress.take({"kind": "rows", "done": 5, "total": None})
+        assert progress.heard_at > heard_at
+        progress.flush()
+        assert row(engine, job_id).progress == {"rows": 5, "of": None}
+
     def test_a_flush_waits_for_what_another_thread_is_writing(
         self, engine: Engine, claims: Claims
     ) -> None:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int32, Int64, Shaped
 from torch import Tensor
 
-from worker.training.data.rendering import Example
+from worker.training.data.examples import Example
 from worker.training.packing import Sequences, length
 
 

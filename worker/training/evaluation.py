@@ -7,7 +7,7 @@ from torch import nn
 
 from worker.training.batches import Batch
 from worker.training.config import Evaluation
-from worker.training.data.rendering import Example
+from worker.training.data.examples import Example, targets_of
 from worker.training.model.base import set_mode
 from worker.training.model.head import scores
 from worker.training.packing import micro_batches
@@ -46,7 +46,7 @@ def evaluate(
         correct += found.correct * is_counted
     set_mode(model, training=was_training)
     total, hits = ranks.sum(loss.item(), float(correct.item()))
-    count = sum(example.targets for example in examples)
+    count = int(targets_of(examples).sum())
     return {"loss": total / count, "accuracy": hits / count}
 
 

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from worker.training.config import TrainingJob
 from worker.training.data.dataset import Prepared
+from worker.training.data.examples import lengths_of
 from worker.training.errors import ConfigInvalid
 from worker.training.model.attention import ISOLATES_ROWS, can_use_varlen
 from worker.training.place import Place
@@ -40,8 +41,7 @@ def first_plan(
     settings, device, ranks = job.training, place.device, job.resources.gpus
     varlen = can_use_varlen(base, device)
     packing = _packing(job, base, varlen=varlen)
-    rows = [*prepared.train, *prepared.held_out]
-    longest = max(len(row.ids) for row in rows)
+    longest = max(int(lengths_of(rows).max()) for rows in (prepared.train, prepared.held_out))
     must_stream = place.divided or settings.perturbation_memory == "streamed"
     plan = Plan(
         max_length=prepared.report["length"]["limit"] if packing else longest,

@@ -5,16 +5,18 @@ does not fit is found out before its first step and not at its nine hundredth.
 """
 
 import gc
+import itertools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from flatlora import FlatLora, FlatLoraConfig, Memory
 from worker.training.batches import Batch
 from worker.training.config import Training, TrainingJob
-from worker.training.data.rendering import Example
+from worker.training.data.examples import Example, lengths_of
 from worker.training.errors import OutOfGpuMemory
 from worker.training.model.base import checkpoint_activations
 from worker.training.model.head import summed_loss
@@ -133,17 +135,17 @@ def largest_pass(rows: Sequence[Example], plan: Plan, training: Training) -> Seq
         plan: What a pass takes.
         training: Says how large a step is.
     """
-    longest = sorted(rows, key=lambda row: -len(row.ids))
+    lengths = lengths_of(rows)
+    longest = np.argsort(-lengths, kind="stable")
     if training.batch_tokens is None:
         longest = longest[: training.batch_size]
-        left = sum(len(row.ids) for row in longest)
+        left = int(lengths[longest].sum())
     else:
-        left = max(training.batch_tokens, len(longest[0].ids))
+        left = max(training.batch_tokens, int(lengths[longest[0]]))
     if not plan.packing:
-        fitting = [row for row in longest[: plan.sequences] if len(row.ids) <= left]
-        return [[row] for row in fitting]
+        return [[rows[row]] for row in longest[: plan.sequences] if lengths[row] <= left]
     sequences: Sequences = []
-    for row in _without_end(longest):
+    for row in map(rows.__getitem__, itertools.cycle(longest)):  # cut ones leave room for more
         if not sequences or length(sequences[-1]) == plan.capacity:
             if len(sequences) == plan.sequences or not left:
                 return sequences
@@ -154,12 +156,6 @@ def largest_pass(rows: Sequence[Example], plan: Plan, training: Training) -> Seq
         sequences[-1].append(row.cut(size))
         left -= size
     return sequences
-
-
-def _without_end(rows: Sequence[Example]) -> Iterator[Example]:
-    """Rows from the first to the last, and again: cut ones leave room for more."""
-    while True:
-        yield from rows
 
 
 def out_of_memory(run: Run) -> OutOfGpuMemory:

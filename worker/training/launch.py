@@ -131,9 +131,13 @@ class RankProcesses:
         """Of the ranks, in their order."""
         return [rank.process.pid for rank in self._ranks]
 
-    def signal_first(self, number: int) -> None:
-        """Send a signal to rank 0, which tells the others at the next step."""
-        self._ranks[0].process.send_signal(number)
+    def signal_all(self, number: int) -> None:
+        """Send a signal to each rank: while rows are read each listens for itself.
+
+        At a step it is rank 0 that has heard it or not, and tells the others.
+        """
+        for rank in self._ranks:
+            rank.process.send_signal(number)
 
     def wait(self) -> list[Ended]:
         """Until all have ended, and how, in the order of their ends.

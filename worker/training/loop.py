@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flatlora import sigma_at
 from worker.training.batches import Batch
 from worker.training.checkpoints import Checkpoints
-from worker.training.data.rendering import Example
+from worker.training.data.examples import Example, lengths_of
 from worker.training.errors import LossDiverged, Stopped
 from worker.training.evaluation import best_of, evaluate, is_exhausted
 from worker.training.model.head import summed_loss
@@ -42,7 +42,7 @@ def train(
         torch.OutOfMemoryError: If a step does not fit; ``state`` is not that of any step then.
     """
     job, settings = run.job, run.job.training
-    order = RowOrder([len(row.ids) for row in run.train], settings, job.seed)
+    order = RowOrder(lengths_of(run.train), settings, job.seed)
     evaluate_every = evaluation_every(job, run.total_steps)
     checkpoint_every = settings.checkpoint_steps or max(10, math.ceil(run.total_steps / 10))
     adapter = list(run.adapter.values())
@@ -98,6 +98,8 @@ def train(
             _evaluate(run, state, reporter)
         if is_last or state.step % checkpoint_every == 0:
             checkpoints.save(run, state)
+    if state.step < run.total_steps:
+        _tell_early_end(run, state, reporter)
 
 
 def _forward_backward(run: Run, step: int, rows: Sequence[Example]) -> Tensor:
@@ -157,6 +159,23 @@ def _evaluate(run: Run, state: State, reporter: Reporter) -> None:
         state.best_adapter = copy_of_adapter(run)
     reporter.held_out(state.step, found)
     reporter.phase("training")
+
+
+def _tell_early_end(run: Run, state: State, reporter: Reporter) -> None:
+    settings, last = run.job.evaluation, state.held_out[-1]
+    best = best_of(state.held_out, settings.min_delta)
+    assert best  # else patience has nothing to count from
+    reporter.event(
+        "job.stopped_early",
+        f"Stopped early, after step {state.step} of {run.total_steps}: the held-out loss is "
+        f"{last['loss']:.4f}, and was {best['loss']:.4f} after step {best['step']:g}.",
+        step=state.step,
+        total_steps=run.total_steps,
+        loss=last["loss"],
+        best_step=int(best["step"]),
+        best_loss=best["loss"],
+        patience=settings.patience,
+    )
 
 
 class Pace:

@@ -12,6 +12,9 @@ from jaxtyping import Int64
 
 from worker.training.config import Training, TrainingJob
 
+Lengths = Sequence[int] | Int64[np.ndarray, " rows"]
+"""Tokens of each row."""
+
 
 class RowOrder:
     """Rows of each step: every epoch is a permutation of its own, cut into steps.
@@ -25,7 +28,7 @@ class RowOrder:
         seed: Of the job.
     """
 
-    def __init__(self, lengths: Sequence[int], training: Training, seed: int) -> None:
+    def __init__(self, lengths: Lengths, training: Training, seed: int) -> None:
         self._lengths = np.array(lengths, dtype=np.int64)
         self._training = training
         self._seed = seed
@@ -104,7 +107,7 @@ class RowOrder:
         return np.array(ends)
 
 
-def total_steps(training: Training, lengths: Sequence[int], seed: int) -> int:
+def total_steps(training: Training, lengths: Lengths, seed: int) -> int:
     """Optimizer steps of the whole run."""
     if training.max_steps is not None:
         return training.max_steps

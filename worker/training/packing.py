@@ -8,7 +8,7 @@ import bisect
 import math
 from collections.abc import Sequence
 
-from worker.training.data.rendering import Example
+from worker.training.data.examples import Example
 from worker.training.plan import Plan
 
 Sequences = list[list[Example]]

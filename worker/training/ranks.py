@@ -16,6 +16,7 @@ from torch import Tensor
 
 from worker.training.errors import Stopped
 from worker.training.launch import STORE_DESCRIPTOR
+from worker.training.reporter import Wish
 
 Item = TypeVar("Item")
 
@@ -142,6 +143,11 @@ class Ranks:
         told = torch.tensor(values, dtype=torch.uint8, device=self._device)
         dist.broadcast(told, src=0)
         return bytes(told.tolist()).decode()
+
+    def strongest(self, wish: Wish | None) -> Wish | None:
+        """What any of the ranks was asked for: to cancel rather than to drain."""
+        drain, cancel = self.sum(float(wish == "drain"), float(wish == "cancel"))
+        return "cancel" if cancel else "drain" if drain else None
 
     def wait(self) -> None:
         """Until all ranks are here."""

@@ -12,6 +12,12 @@ class Reporter(Protocol):
     def phase(self, name: str) -> None:
         """The run entered a phase: ``validating, loading, training, evaluating``."""
 
+    def rows(self, done: int, total: int | None) -> None:
+        """About once a second while rows are validated: so many were read, or then rendered.
+
+        ``total`` is of how many; None while they are read. A file of held-out rows begins anew.
+        """
+
     def preflight(self, report: Mapping[str, Any]) -> None:
         """What was found in the dataset, before any model memory is taken."""
 
@@ -30,7 +36,7 @@ class Reporter(Protocol):
 
 
 class Control(Protocol):
-    """Asked once per optimizer step, at the boundary between two steps."""
+    """Asked at every row that is validated, and at the boundary between two optimizer steps."""
 
     def wish(self) -> Wish | None:
         """What somebody outside wants, if anything."""

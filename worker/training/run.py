@@ -9,16 +9,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from worker.training.build import build, look_ahead
 from worker.training.checkpoints import Checkpoint, Checkpoints
 from worker.training.config import DataFile, TrainingJob
 from worker.training.data.dataset import Prepared, fingerprint, prepare
+from worker.training.data.examples import lengths_of, targets_of
 from worker.training.data.rendering import Renderer
+from worker.training.data.tally import Tally
+from worker.training.errors import Stopped
 from worker.training.evaluation import best_of
 from worker.training.fit import fit, give_way, out_of_memory
 from worker.training.loop import train
-from worker.training.model.base import hash_folder, load_tokenizer, max_positions, set_mode
+from worker.training.model.base import (
+    choose_device,
+    hash_folder,
+    load_tokenizer,
+    max_positions,
+    set_mode,
+)
 from worker.training.model.kernels import repeatable
 from worker.training.order import RowOrder
 from worker.training.place import Place
@@ -37,7 +47,7 @@ def run(job: TrainingJob, folder: Path, reporter: Reporter, control: Control) ->
         job: What to do; its files are local.
         folder: The job's own. Nothing outside it is written.
         reporter: Hears how it goes.
-        control: Is asked at every step boundary whether to stop.
+        control: Is asked at every row and every step boundary whether to stop.
 
     Returns:
         What the job reports of itself, plain JSON. The same for a run that was interrupted.
@@ -49,8 +59,7 @@ def run(job: TrainingJob, folder: Path, reporter: Reporter, control: Control) ->
     reporter.phase("validating")
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(job.base_model)
-    renderer = Renderer(tokenizer, job.data.loss_on, today=job.clock)
-    prepared = prepare(job, renderer, max_positions(job.base_model), folder=folder)
+    prepared = _read(job, tokenizer, folder, Tally(reporter, control))
     place = Place.of(job)
     proposed, outlook = look_ahead(job, prepared, place)
     reporter.preflight(prepared.report | outlook)
@@ -80,6 +89,23 @@ def run(job: TrainingJob, folder: Path, reporter: Reporter, control: Control) ->
         set_mode(this_run.model, training=False)
         write_probe(folder, this_run.model, prepared.held_out, ranks=place.ranks)
     return result
+
+
+def _read(
+    job: TrainingJob, tokenizer: PreTrainedTokenizerBase, folder: Path, tally: Tally
+) -> Prepared:
+    """The job's rows. Ranks read them each for itself, and where one stops all do."""
+    renderer = Renderer(tokenizer, job.data.loss_on, today=job.clock, proceed=tally.proceed)
+    positions = max_positions(job.base_model)
+    prepared, wish = None, None
+    try:
+        prepared = prepare(job, renderer, positions, folder=folder, tally=tally)
+    except Stopped as stopped:
+        wish = stopped.wish
+    if wish := Ranks(choose_device()).strongest(wish):
+        raise Stopped(wish)
+    assert prepared
+    return prepared
 
 
 def _agreed(plan: Plan | None, ranks: Ranks, *, is_settled: bool) -> tuple[Plan | None, bool]:
@@ -182,12 +208,12 @@ def _result(this_run: Run, state: State, place: Place) -> dict[str, Any]:
     job, first, last = this_run.job, state.held_out[0], state.held_out[-1]
     best = best_of(state.held_out)
     kept = best if job.evaluation.keep == "best" and best else last
-    trainable = sum(weight.numel() for weight in this_run.adapter.values())
-    order = RowOrder([len(row.ids) for row in this_run.train], job.training, job.seed)
+    trainable, parameters = this_run.model.get_nb_trainable_parameters()  # as 4 bits are packed
+    order = RowOrder(lengths_of(this_run.train), job.training, job.seed)
     return {
         "held_out": {
             "rows": len(this_run.held_out),
-            "tokens": sum(example.targets for example in this_run.held_out),
+            "tokens": int(targets_of(this_run.held_out).sum()),
             "dtype": place.precision,
             "before": {name: first[name] for name in ("loss", "accuracy")},
             "after": {name: kept[name] for name in ("loss", "accuracy")},
@@ -199,9 +225,9 @@ def _result(this_run: Run, state: State, place: Place) -> dict[str, Any]:
         "epochs": round(order.epochs(state.step), 4),
         "train_tokens": state.tokens,
         "sigma": job.sigma,
-        "perturbed_layers": len(this_run.flat.targets),
+        "perturbed_layers": len(this_run.flat.targets) if job.sigma else 0,
         "trainable_parameters": trainable,
-        "parameters": sum(p.numel() for p in this_run.model.parameters()) - trainable,
+        "parameters": parameters - trainable,
         "precision": place.precision,
         "gpus": place.ranks.size,
         "strategy": place.strategy,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flatlora import FlatLora
 from worker.training.config import TrainingJob
-from worker.training.data.rendering import Example
+from worker.training.data.examples import Example
 from worker.training.plan import Plan
 from worker.training.ranks import Ranks
 

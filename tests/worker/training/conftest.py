@@ -136,14 +136,19 @@ class Recorder:
 
     def __init__(self, stop: tuple[int, Any] | None = None) -> None:
         self.phases: list[str] = []
+        self.tallies: list[tuple[int, int | None]] = []
         self.steps: list[dict[str, Any]] = []
         self.evaluations: list[tuple[int, Mapping[str, Any]]] = []
         self.events: list[tuple[str, str]] = []
+        self._data: dict[str, dict[str, Any]] = {}
         self.report: Mapping[str, Any] = {}
         self._stop = stop
 
     def phase(self, name: str) -> None:
         self.phases.append(name)
+
+    def rows(self, done: int, total: int | None) -> None:
+        self.tallies.append((done, total))
 
     def preflight(self, report: Mapping[str, Any]) -> None:
         self.report = report
@@ -156,6 +161,11 @@ class Recorder:
 
     def event(self, type_: str, message: str, **data: Any) -> None:
         self.events.append((type_, message))
+        self._data[type_] = data
+
+    def data_of(self, type_: str) -> dict[str, Any] | None:
+        """That of the last event of a type, if there was one."""
+        return self._data.get(type_)
 
     def wish(self) -> Any:
         done = self.steps[-1]["step"] if self.steps else 0

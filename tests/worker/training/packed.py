@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from worker.training.data.rendering import Example
+from worker.training.data.examples import Example
 from worker.training.model.head import answer_with_loss
 
 VOCABULARY = 64

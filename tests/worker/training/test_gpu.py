@@ -23,7 +23,7 @@ from tests.worker.training.packed import ROWS as EXAMPLES
 from tests.worker.training.packed import make_model
 from worker.training.batches import Batch
 from worker.training.config import TrainingJob
-from worker.training.data.rendering import Example
+from worker.training.data.examples import Example
 from worker.training.errors import OutOfGpuMemory, Stopped
 from worker.training.model.attention import ISOLATES_ROWS, use_varlen_attention
 from worker.training.model.head import summed_loss

@@ -1,4 +1,4 @@
-"""Ranks start together, hear a signal through the first of them, and none outlives the others."""
+"""Ranks start together, hear the launcher's signals, and none outlives the others."""
 
 import json
 import os
@@ -66,7 +66,7 @@ from worker.trainer import Signals, end_as
 from worker.training.launch import RankProcesses
 control = Signals()
 with RankProcesses(sys.argv[1:], [{}, {}]) as ranks:
-    control.pass_on(ranks.signal_first)
+    control.pass_on(ranks.signal_all)
     end_as(ranks.wait(), PipeReporter(1))
 """
 
@@ -106,17 +106,12 @@ class TestEnd:
         ]  # fmt: skip
 
     @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 76)])
-    def test_a_signal_reaches_the_first_alone(
-        self, tmp_path: Path, number: signal.Signals, code: int
-    ) -> None:
+    def test_a_signal_reaches_each(self, tmp_path: Path, number: signal.Signals, code: int) -> None:
         with start(tmp_path, "hang", "hang") as ranks:
             told(tmp_path, 0)
             told(tmp_path, 1)
-            ranks.signal_first(number)
-            until(lambda: not is_alive(ranks.pids[0]), seconds=10)
-            assert is_alive(ranks.pids[1])
-            os.kill(ranks.pids[1], number)
-            assert code_of(ranks.wait()) == code
+            ranks.signal_all(number)
+            assert [(one.code, one.was_killed) for one in ranks.wait()] == [(code, False)] * 2
 
     def test_one_that_is_killed_takes_all_with_it(self, tmp_path: Path) -> None:
         script = ("hang", "wait 0, wait 2, die", "wait 0, fail internal, hang")
@@ -158,6 +153,7 @@ class TestTrainer:
         ranks = command(tmp_path, "hang", f"wait 0, sleep 0.5, exit {code}")
         with subprocess.Popen([sys.executable, "-c", TRAINER, *ranks]) as trainer:
             told(tmp_path, 0)
+            told(tmp_path, 1)
             trainer.send_signal(number)
             assert trainer.wait(20) == code
 

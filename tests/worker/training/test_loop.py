@@ -64,7 +64,7 @@ def plain_lora(job: TrainingJob) -> dict[str, Tensor]:
 class TestStep:
     def test_without_sigma_it_is_plain_lora(self, make_job: Make, tmp_path: Path) -> None:
         job = make_job(sigma=0.0)
-        run(job, tmp_path, Recorder(), Recorder())
+        assert run(job, tmp_path, Recorder(), Recorder())["perturbed_layers"] == 0
         found = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
         expected = plain_lora(job)
         assert len(found) == len(expected) > 0
@@ -103,6 +103,7 @@ class TestStep:
     def test_metrics_hold_loss_rate_sigma_and_norm(self, make_job: Make, tmp_path: Path) -> None:
         recorder = Recorder()
         run(make_job(), tmp_path, recorder, recorder)
+        assert recorder.data_of("job.stopped_early") is None
         assert [step["step"] for step in recorder.steps] == list(range(1, 9))
         assert recorder.steps[0]["sigma"] == 0
         assert recorder.steps[4]["sigma"] == pytest.approx(0.025)

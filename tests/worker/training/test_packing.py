@@ -16,7 +16,7 @@ from tests.worker.training.conftest import Recorder
 from tests.worker.training.packed import ROWS, VOCABULARY, make_model, make_rows
 from worker.training.batches import Batch
 from worker.training.config import Training, TrainingJob
-from worker.training.data.rendering import Example
+from worker.training.data.examples import Example
 from worker.training.errors import ConfigInvalid
 from worker.training.evaluation import evaluate
 from worker.training.fit import largest_pass

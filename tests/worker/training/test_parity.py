@@ -18,7 +18,8 @@ from tests.worker.training.conftest import Recorder, chat, make_tokenizer
 from worker.training.batches import Batch
 from worker.training.config import TrainingJob
 from worker.training.data.dataset import prepare
-from worker.training.data.rendering import Example, Renderer
+from worker.training.data.examples import Example
+from worker.training.data.rendering import Renderer
 from worker.training.model.base import attach_adapter, load_base
 from worker.training.model.head import answer_with_loss, summed_loss
 from worker.training.model.lora import fast_adapters

@@ -105,6 +105,15 @@ class TestWholeRuns:
         adapters = [folder_bytes(tmp_path / run / "adapter") for run in ("unbroken", "stopped")]
         assert adapters[0] == adapters[1]
 
+    @pytest.mark.parametrize("wish", ["cancel", "drain"])
+    def test_all_stop_where_one_stops_while_it_reads_the_rows(
+        self, processes: Processes, make_job: Make, tmp_path: Path, wish: str
+    ) -> None:
+        job = make_job(resources=Resources(2))
+        found = processes.call(train, job, tmp_path / "run", (0, wish))
+        assert found == [Trained(wish, [])] * 2
+        assert not list((tmp_path / "run").iterdir())
+
     def test_a_wish_to_cancel_leaves_no_checkpoint(
         self, processes: Processes, make_job: Make, tmp_path: Path
     ) -> None:

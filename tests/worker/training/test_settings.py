@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from tests.worker.training.conftest import Recorder, folder_bytes
 from worker.training.config import Evaluation, Training, TrainingJob
@@ -63,6 +64,15 @@ class TestBest:
         assert result["stopped_early"]
         assert result["steps"] == best + 4 < 40
         assert result["kept_step"] == best
+        told = recorder.data_of("job.stopped_early")
+        assert told == {
+            "step": best + 4,
+            "total_steps": 40,
+            "loss": losses[best + 4],
+            "best_step": best,
+            "best_loss": losses[best],
+            "patience": 2,
+        }
         assert result["held_out"]["after"]["loss"] == losses[best]
         verify(overfitting, tmp_path / "best")
         other = replace(overfitting, evaluation=replace(overfitting.evaluation, keep="last"))
@@ -142,6 +152,8 @@ def test_a_quantised_base_learns_resumes_and_is_verified(
     training = {"quantization": quantization, "max_steps": 4}
     job = make_job(sigma=sigma, lora={"dropout": 0.0}, training=training)
     result, recorder = trained(job, tmp_path / "unbroken")
+    plain = LlamaForCausalLM.from_pretrained(job.base_model.path)
+    assert result["parameters"] == sum(weight.numel() for weight in plain.parameters())
     losses = [step["loss"] for step in recorder.steps]
     assert all(map(math.isfinite, losses))
     assert losses[-1] < losses[0]

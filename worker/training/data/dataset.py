@@ -3,17 +3,22 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from worker.training.config import TrainingJob
-from worker.training.data.conversations import Conversation
-from worker.training.data.reading import Read, cut, read
-from worker.training.data.rendering import Example, Renderer
-from worker.training.data.report import describe, describe_report
-from worker.training.errors import DatasetInvalid
+import numpy as np
 
-__all__ = ["Prepared", "Read", "describe_report", "fingerprint", "prepare", "read", "split"]
+from worker.training.config import TrainingJob
+from worker.training.data.examples import Example
+from worker.training.data.keys import split
+from worker.training.data.reading import Read, read
+from worker.training.data.rendering import Renderer
+from worker.training.data.report import describe, describe_report
+from worker.training.data.tally import Tally
+from worker.training.data.usable import read_usable
+
+__all__ = ["Prepared", "Read", "describe_report", "fingerprint", "prepare", "read"]
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,8 @@ class Prepared:
         report: The preflight report: plain JSON.
     """
 
-    train: list[Example]
-    held_out: list[Example]
+    train: Sequence[Example]
+    held_out: Sequence[Example]
     report: dict[str, Any]
 
 
@@ -37,6 +42,7 @@ def prepare(
     max_positions: int | None = None,
     *,
     folder: Path | None = None,
+    tally: Tally | None = None,
 ) -> Prepared:
     """Everything between the fetched files and the first optimizer step.
 
@@ -44,65 +50,36 @@ def prepare(
         job: The job; its files are local.
         renderer: Renders with the base model's chat template.
         max_positions: Longest row, in tokens, that the base model can read.
-        folder: Where rows are kept while they are read; by default the system's folder for
-            temporary files. Nothing stays there.
+        folder: Where rows are kept; by default the system's folder for temporary files. Nothing
+            stays there once they are not used any more.
+        tally: Counts rows as they are read and rendered.
 
     Raises:
         DatasetInvalid: If rows are bad, or nothing is left to learn from or to hold out.
         ConfigInvalid: If the mapping or the chat template fits no row.
+        Stopped: If somebody wishes so.
     """
     max_length = min(job.data.max_length, max_positions or job.data.max_length)
     evaluation = job.evaluation
-    dataset = cut(read(job.dataset, job.data, renderer, folder=folder), max_length)
-    if job.validation:
-        validation = cut(read(job.validation, job.data, renderer, folder=folder), max_length)
+    read_file = partial(
+        read_usable,
+        options=job.data,
+        renderer=renderer,
+        max_length=max_length,
+        seed=job.seed,
+        folder=folder,
+        tally=tally,
+    )
+    dataset = read_file(job.dataset)
+    validation = read_file(job.validation) if job.validation else None
+    if validation:
         train, held_out = dataset.examples, validation.examples[: evaluation.max_rows]
     else:
-        validation = None
-        held = split(dataset.conversations, evaluation.split, evaluation.max_rows, job.seed)
-        train = [row for index, row in enumerate(dataset.examples) if index not in held]
-        held_out = [row for index, row in enumerate(dataset.examples) if index in held]
+        is_held = split(dataset.keys, evaluation.split, evaluation.max_rows)
+        train = dataset.examples.chosen(np.flatnonzero(~is_held))
+        held_out = dataset.examples.chosen(np.flatnonzero(is_held))
     report = describe(job, dataset, validation, train, renderer, max_length)
     return Prepared(train, held_out, report)
-
-
-def split(
-    conversations: Sequence[Conversation], share: float, max_rows: int, seed: int
-) -> set[int]:
-    """Which rows to hold out, chosen by a hash of their content and the seed.
-
-    Equal rows stay together, so that no held-out row was trained on. Groups of them are taken while
-    they fit; where none does, the smallest is, so one row at least is held out.
-
-    Args:
-        conversations: Rows that can be used on either side.
-        share: Of the rows.
-        max_rows: At most so many.
-        seed: Chooses.
-
-    Returns:
-        Indices of the rows to hold out.
-
-    Raises:
-        DatasetInvalid: If all rows are the same.
-    """
-    groups: dict[str, list[int]] = {}
-    for index, conversation in enumerate(conversations):
-        digest = hashlib.sha256(f"{seed}\0{conversation.canonical()}".encode()).hexdigest()
-        groups.setdefault(digest, []).append(index)
-    if len(groups) < 2:
-        raise DatasetInvalid(
-            "All rows that can be used are the same: none can be held out.",
-            "Give other rows, or held-out rows of their own as evaluation.validation_uri.",
-        )
-    wanted = max(1, min(round(share * len(conversations)), max_rows))
-    in_order = [groups[digest] for digest in sorted(groups)]
-    held: set[int] = set()
-    for group in in_order:
-        if len(held) + len(group) <= wanted:
-            held.update(group)
-    smallest: list[int] = min(in_order, key=len)
-    return held or set(smallest)
 
 
 def fingerprint(prepared: Prepared) -> str:

@@ -6,6 +6,7 @@ written, after the file was read to its end.
 
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -20,10 +21,12 @@ from worker.training.data.conversations import Conversation, RowFormat
 from worker.training.data.limits import DISK_FULL, explain_end
 from worker.training.data.rows import BadRow
 from worker.training.data.sources import Source
+from worker.training.data.tally import Tally
 from worker.training.errors import DatasetInvalid, DiskFull
 
 MODULE = "worker.training.data.spool"
 PASSED_ON = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "TZ")
+LISTEN_SECONDS = 0.2
 FIXED = {
     "ARROW_DEFAULT_MEMORY_POOL": "system",  # others reserve more than they use
     "ARROW_IO_THREADS": "1",
@@ -51,6 +54,7 @@ class Parsed:
         bad: How many rows are bad.
         complete: Whether it was read to its end, and not given up because of them.
         columns: Names of columns that its rows have, a hundred or so at most.
+        rows_found: How many ``rows`` there are.
     """
 
     source: Source
@@ -58,6 +62,7 @@ class Parsed:
     bad: int
     complete: bool
     columns: set[str]
+    rows_found: int
     _spool: IO[bytes]
 
     def rows(self) -> Iterator[Good | BadRow]:
@@ -71,7 +76,9 @@ class Parsed:
 
 
 @contextmanager
-def parse(file: DataFile, options: Data, folder: Path | None = None) -> Iterator[Parsed]:
+def parse(
+    file: DataFile, options: Data, folder: Path | None = None, tally: Tally | None = None
+) -> Iterator[Parsed]:
     """Read a file in a process of its own.
 
     Args:
@@ -79,15 +86,17 @@ def parse(file: DataFile, options: Data, folder: Path | None = None) -> Iterator
         options: How to read its rows, and how many may be bad.
         folder: Where the rows are kept meanwhile: about as many bytes as the file decompressed. By
             default the system's folder for temporary files. Nothing stays there.
+        tally: Counts rows as they are read.
 
     Raises:
         DatasetInvalid: If the file cannot be read, or not within the limits.
         DiskFull: If the rows find no room.
+        Stopped: If somebody wishes so.
     """
     with tempfile.TemporaryFile(dir=folder) as spool:
         with file.path.open("rb"):
             pass  # what is wrong with our own copy is not the dataset's fault
-        answer = _run(_request(file, options), spool, folder)
+        answer = _run(_request(file, options), spool, folder, tally or Tally())
         if error := json.loads(answer or "{}").get("error"):
             raise DatasetInvalid(error["message"], error["hint"])
         found = json.loads(answer)
@@ -98,6 +107,7 @@ def parse(file: DataFile, options: Data, folder: Path | None = None) -> Iterator
             bad=found["bad"],
             complete=found["complete"],
             columns=set(found["columns"]),
+            rows_found=found["rows"],
             _spool=spool,
         )
 
@@ -111,8 +121,9 @@ def _request(file: DataFile, options: Data) -> dict[str, Any]:
     }
 
 
-def _run(request: dict[str, Any], spool: IO[bytes], folder: Path | None) -> bytes:
+def _run(request: dict[str, Any], spool: IO[bytes], folder: Path | None, tally: Tally) -> bytes:
     """The answer of the process, which has written the rows."""
+    tally.begin()
     command = [sys.executable, "-P", "-m", MODULE, str(spool.fileno())]
     with (
         tempfile.TemporaryFile(dir=folder) as errors,
@@ -131,7 +142,7 @@ def _run(request: dict[str, Any], spool: IO[bytes], folder: Path | None) -> byte
         try:
             with suppress(BrokenPipeError):  # its exit code tells more
                 process.stdin.write(json.dumps(request).encode() + b"\n")
-            answer = process.stdout.read()
+            answer = _listen(process.stdout, tally)
             code = process.wait()
         except BaseException:
             process.kill()
@@ -142,6 +153,21 @@ def _run(request: dict[str, Any], spool: IO[bytes], folder: Path | None) -> byte
                 request["file"]["uri"], code, errors.read(1 << 16).decode(errors="replace")
             )
     return answer
+
+
+def _listen(words: IO[bytes], tally: Tally) -> bytes:
+    """The last line that the process says; those before it tell how many rows it has read."""
+    answer = b""
+    while True:
+        tally.proceed()
+        if not select.select([words], [], [], LISTEN_SECONDS)[0]:
+            continue
+        said = words.read(1 << 16)
+        if not said:
+            return answer
+        *lines, answer = (answer + said).split(b"\n")
+        for line in lines:
+            tally.done = int(line)
 
 
 def _ended(uri: str, code: int, said: str) -> Exception:

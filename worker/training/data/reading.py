@@ -1,15 +1,16 @@
-"""Every row of a file: read, checked and rendered, or named with what is wrong with it."""
+"""Every row of a file: read, checked and handed on, or named with what is wrong with it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from worker.training.config import Data, DataFile
 from worker.training.data.conversations import Conversation, RowFormat, known_columns
 from worker.training.data.parsing import Good, Parsed, parse
-from worker.training.data.rendering import Example, Renderer, RowRefused
+from worker.training.data.rendering import RowRefused
 from worker.training.data.rows import BAD_ROWS_BEYOND, BAD_ROWS_KEPT, BadRow
 from worker.training.data.sources import Source
+from worker.training.data.tally import Tally
 from worker.training.data.words import shown
 from worker.training.errors import ConfigInvalid, DatasetInvalid
 
@@ -24,8 +25,7 @@ class Read:
         file: The file.
         source: Its type and compression.
         format: How its rows were read.
-        conversations: The good rows.
-        examples: The same as the model sees them, uncut; empty if no renderer was given.
+        good: How many rows can be used.
         bad_rows: The first thousand of the others, in the order of the file.
         bad: How many others there are.
     """
@@ -33,15 +33,18 @@ class Read:
     file: DataFile
     source: Source
     format: RowFormat
-    conversations: list[Conversation]
-    examples: list[Example]
+    good: int
     bad_rows: list[BadRow]
     bad: int
 
     @property
     def rows(self) -> int:
         """Good and bad ones."""
-        return len(self.conversations) + self.bad
+        return self.good + self.bad
+
+
+Take = Callable[[Conversation], object]
+"""What is done with a good row, which is not kept; may raise ``RowRefused``."""
 
 
 @dataclass
@@ -50,8 +53,7 @@ class _Progress:
 
     bad: int
     complete: bool
-    conversations: list[Conversation] = field(default_factory=list)
-    examples: list[Example] = field(default_factory=list)
+    good: int = 0
     bad_rows: list[BadRow] = field(default_factory=list)
     refused: int = 0
     refusal: RowRefused | None = None
@@ -62,52 +64,53 @@ class _Progress:
 
 
 def read(
-    file: DataFile, options: Data, renderer: Renderer | None = None, *, folder: Path | None = None
+    file: DataFile,
+    options: Data,
+    take: Take = lambda _: None,
+    *,
+    folder: Path | None = None,
+    tally: Tally | None = None,
 ) -> Read:
     """Read and check every row of a file.
 
     Args:
         file: The local file.
         options: How to read its rows, and how many may be bad.
-        renderer: Renders each row, as a part of the check.
+        take: Is given each good row in order, as a part of the check.
         folder: Where rows are kept on their way from the process that reads the file; by default
             the system's folder for temporary files.
+        tally: Counts the rows: once as they are read, and once as they are taken.
 
     Raises:
         DatasetInvalid: If the file cannot be read, more rows are bad than ``max_bad_rows`` allows,
             or none is good.
-        ConfigInvalid: If the mapping names columns that do not exist, or the renderer's chat
-            template takes no row, or there is none.
+        ConfigInvalid: If the mapping names columns that do not exist, or ``take`` refuses all rows,
+            or raises it.
+        Stopped: If somebody wishes so.
     """
     mapping = options.mapping or {}
+    tally = tally or Tally()
     _check_mapping(mapping, None if options.format == "auto" else options.format)
-    with parse(file, options, folder) as parsed:
+    with parse(file, options, folder, tally) as parsed:
         _check_columns(file, parsed.columns, mapping)
         done = _Progress(parsed.bad, parsed.complete)
         # Where reading was given up for bad rows, the others need not be rendered.
-        _take(parsed, done, renderer if parsed.complete else None, options)
+        _take(parsed, done, take if parsed.complete else lambda _: None, options, tally)
     _check_bad_rows(file, done, options.max_bad_rows)
     assert parsed.format is not None
-    return Read(
-        file,
-        parsed.source,
-        parsed.format,
-        done.conversations,
-        done.examples,
-        done.bad_rows,
-        done.bad,
-    )
+    return Read(file, parsed.source, parsed.format, done.good, done.bad_rows, done.bad)
 
 
-def _take(parsed: Parsed, done: _Progress, renderer: Renderer | None, options: Data) -> None:
+def _take(parsed: Parsed, done: _Progress, take: Take, options: Data, tally: Tally) -> None:
+    tally.begin(parsed.rows_found)
     for row in parsed.rows():
+        tally.row()
         if not isinstance(row, Good):
             done.keep(row)
             continue
         try:
-            if renderer:
-                done.examples.append(renderer.render(row.conversation))
-            done.conversations.append(row.conversation)
+            take(row.conversation)
+            done.good += 1
         except RowRefused as refusal:
             done.keep(BadRow(row.place, str(refusal)))
             done.bad += 1
@@ -139,7 +142,7 @@ def _check_columns(file: DataFile, columns: set[str], mapping: Mapping[str, str]
 
 
 def _check_bad_rows(file: DataFile, done: _Progress, allowed: int) -> None:
-    good = len(done.conversations)
+    good = done.good
     if done.bad <= allowed and good:
         return
     if done.refusal and not good and done.bad - done.refused <= allowed:
@@ -161,48 +164,3 @@ def _first(done: _Progress) -> str:
     if more := done.bad - len(texts):
         texts.append(f"and {more:,} more")
     return "; ".join(texts)
-
-
-@dataclass(frozen=True)
-class Usable:
-    """Good rows, cut to a length, that still hold something to learn; and how many do not.
-
-    Attributes:
-        found: All rows of the file.
-        conversations: The usable ones.
-        examples: The same as the model sees them.
-        truncated: How many rows were cut, whatever became of them.
-        without_targets: How many rows were dropped: no token in the loss was left in them.
-    """
-
-    found: Read
-    conversations: list[Conversation]
-    examples: list[Example]
-    truncated: int
-    without_targets: int
-
-
-def cut(found: Read, max_length: int) -> Usable:
-    """Cut what is too long, and drop what has nothing to learn.
-
-    Raises:
-        DatasetInvalid: If nothing is left.
-    """
-    rows = [
-        (conversation, example.cut(max_length))
-        for conversation, example in zip(found.conversations, found.examples, strict=True)
-    ]
-    usable = [(conversation, example) for conversation, example in rows if example.targets]
-    if not usable:
-        raise DatasetInvalid(
-            f"After cutting rows at {max_length} tokens nothing is left of {found.file.uri}: no "
-            "row has an assistant's token within that length.",
-            "Raise data.max_length, or shorten the prompts.",
-        )
-    return Usable(
-        found,
-        conversations=[conversation for conversation, _ in usable],
-        examples=[example for _, example in usable],
-        truncated=sum(len(example.ids) > max_length for example in found.examples),
-        without_targets=len(rows) - len(usable),
-    )

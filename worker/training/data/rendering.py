@@ -13,6 +13,7 @@ template sees it, and the rendering is tokenised in pieces that end at the cut.
 
 import re
 import string
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Literal, TypeVar, cast
@@ -24,8 +25,10 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from worker.training.data.conversations import Conversation
+from worker.training.data.examples import Example
+from worker.training.data.prefixes import Find, Prefix, Prefixes
 from worker.training.data.words import shown
-from worker.training.errors import ConfigInvalid
+from worker.training.errors import ConfigInvalid, Stopped
 
 LossOn = Literal["assistant", "last_assistant", "all"]
 Span = tuple[int, int]
@@ -63,23 +66,6 @@ class RowRefused(Exception):
 
 
 @dataclass(frozen=True)
-class Example:
-    """One row as the model sees it."""
-
-    ids: Int32[np.ndarray, " length"]
-    in_loss: Bool[np.ndarray, " length"]
-
-    @property
-    def targets(self) -> int:
-        """Tokens that the loss is taken on. The first token of a row is never predicted."""
-        return int(self.in_loss[1:].sum())
-
-    def cut(self, max_length: int) -> "Example":
-        """The first ``max_length`` tokens."""
-        return Example(self.ids[:max_length], self.in_loss[:max_length])
-
-
-@dataclass(frozen=True)
 class Tokens:
     """A text's tokens, where in it (cuts included) each begins and ends, and which are special."""
 
@@ -97,13 +83,19 @@ class Renderer:
         loss_on: ``"assistant"`` turns, the ``"last_assistant"`` turn that is learnt, or ``"all"``
             tokens. Of plain text it is always all.
         today: What a template that asks for the date is told; by default the present moment.
+        proceed: Called at every turn: a conversation may have thousands. May end it.
 
     Raises:
         ConfigInvalid: If the tokenizer cannot tell where tokens begin.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn, *, today: datetime | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        loss_on: LossOn,
+        *,
+        today: datetime | None = None,
+        proceed: Callable[[], None] = lambda: None,
     ) -> None:
         if not tokenizer.is_fast:
             raise ConfigInvalid("The base model has no fast tokenizer (tokenizer.json).", None)
@@ -116,6 +108,8 @@ class Renderer:
             self._variables["frozen_clock"] = _clock(today or datetime.now().astimezone())
         self._has_marks = GENERATION_MARK.search(self._template) is not None
         self._loss_on = loss_on
+        self._proceed = proceed
+        self._prefixes: Prefixes | None = None  # compiled where a row needs them
         special = {i: str(t) for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self._special = {*special, tokenizer.eos_token_id} - {None}
         self._eos = str(tokenizer.eos_token or "")
@@ -140,7 +134,7 @@ class Renderer:
             )
         try:
             return self._render(conversation)
-        except (RowRefused, MemoryError):
+        except (RowRefused, Stopped, MemoryError):
             raise
         except Exception as error:  # templates are programs of others: they may raise anything
             kind = "" if isinstance(error, jinja2.TemplateError) else f"{type(error).__name__}: "
@@ -288,22 +282,35 @@ class Renderer:
     def _compare_prefixes(self, conversation: Conversation) -> tuple[str, list[Span]]:
         """Each assistant turn is what its rendering adds to the prompt before it."""
         text = self._apply(conversation)
-        spans = []
-        for index, message in enumerate(conversation.messages):
-            if message["role"] == "assistant" and index not in conversation.context:
-                spans.append(self._find_turn(conversation, index, text))
-        return text, spans
+        turns = [
+            index
+            for index, message in enumerate(conversation.messages)
+            if message["role"] == "assistant" and index not in conversation.context
+        ]
+        self._prefixes = self._prefixes or Prefixes(self._template, self._variables)
+        prefix = self._prefixes.of(
+            conversation,
+            text,
+            turns,
+            lambda upto, prompt: self._apply(conversation, upto, prompt=prompt),
+            with_both=bool(self._eos),
+        )
+        return text, [self._find_turn(prefix, index, text) for index in turns]
 
-    def _find_turn(self, conversation: Conversation, index: int, text: str) -> Span:
-        before = self._apply(conversation, index, prompt=True)
-        upto = self._apply(conversation, index + 1)
-        if self._is_closed_by_eos(conversation, index + 1, upto):
-            upto = upto.removesuffix(self._eos)
-        if upto.startswith(before) and text.startswith(before):
-            start, turn = len(before), upto[len(before) :]
-            if text.startswith(turn, start):
+    def _find_turn(self, prefix: Find, index: int, text: str) -> Span:
+        self._proceed()
+        before = prefix(index, True)
+        upto = self._without_eos(prefix, index + 1, text)
+        start = before.shared + len(before.rest)
+        if text.startswith(before.rest, before.shared):
+            turn = None
+            if start <= upto.shared:
+                turn = text[start : upto.shared] + upto.rest
+            elif upto.rest.startswith(text[upto.shared : start]):
+                turn = upto.rest[start - upto.shared :]
+            if turn is not None and text.startswith(turn, start):
                 return start, start + len(turn)
-            answer = REASONING.sub("", turn, count=1)
+            answer = REASONING.sub("", turn or "", count=1)
             if answer and text.startswith(answer, start):
                 return start, start + len(answer)
         raise RowRefused(
@@ -312,14 +319,21 @@ class Renderer:
             "Add {% generation %} marks to the template, or train on single turns.",
         )
 
-    def _is_closed_by_eos(self, conversation: Conversation, upto: int, text: str) -> bool:
-        """Whether eos ends the conversation and not its last turn: a next turn takes it off (Phi).
+    def _without_eos(self, prefix: Find, upto: int, text: str) -> Prefix:
+        """The rendering without the eos that ends the conversation and not its last turn (Phi).
 
-        Where it is the turn's only end, it is still found as the token that follows.
+        A next turn takes it off. Where it is the turn's only end, it is still found as the token
+        that follows.
         """
-        if not (self._eos and text.endswith(self._eos)):
-            return False
-        return not self._apply(conversation, upto, prompt=True).startswith(text)
+        found = prefix(upto, False)
+        size = len(self._eos)
+        end = text[max(0, found.shared - size) : found.shared] + found.rest
+        if not (size and end.endswith(self._eos)):
+            return found
+        if prefix(upto, True).rest.startswith(found.rest):  # as far as they share they are equal
+            return found
+        kept = len(found.rest) - size
+        return Prefix(found.shared + min(0, kept), found.rest[: max(0, kept)])
 
     def _tokenise(self, text: str) -> Tokens:
         ids: list[int] = []
@@ -339,14 +353,23 @@ class Renderer:
 
 def _mask(tokens: Tokens, text: str, spans: list[Span]) -> Bool[np.ndarray, " length"]:
     in_loss = np.zeros(len(tokens.ids), dtype=bool)
+    is_ordered = bool((np.diff(tokens.starts) >= 0).all() and (np.diff(tokens.ends) >= 0).all())
     for start, end in spans:
+        near = _near(tokens, start, end) if is_ordered else slice(None)
+        starts, ends, special = tokens.starts[near], tokens.ends[near], tokens.special[near]
         # An answer's first token may begin before it (" Hello" after "ASSISTANT: "); a special
         # token that takes in the blanks after it may reach into it.
-        begins = (tokens.starts >= start) | ((tokens.ends > start) & ~tokens.special)
-        inside = np.flatnonzero(begins & (tokens.starts < end))
+        begins = (starts >= start) | ((ends > start) & ~special)
+        inside = np.flatnonzero(begins & (starts < end)) + (near.start or 0)
         if inside.size:
             in_loss[inside[0] : _end_of_turn(tokens, text, inside, end)] = True
     return in_loss
+
+
+def _near(tokens: Tokens, start: int, end: int) -> slice:
+    """All tokens that begin or end within a span, found without a look at the others."""
+    first = min(np.searchsorted(tokens.starts, start), np.searchsorted(tokens.ends, start, "right"))
+    return slice(int(first), int(np.searchsorted(tokens.starts, end)))
 
 
 def _end_of_turn(tokens: Tokens, text: str, inside: Int64[np.ndarray, " turn"], end: int) -> int:

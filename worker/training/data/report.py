@@ -1,17 +1,18 @@
 """The preflight report: plain JSON, and in lines for a person."""
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from math import ceil
 from typing import Any
 
 import numpy as np
 
 from worker.training.config import TrainingJob
-from worker.training.data.conversations import Conversation
-from worker.training.data.reading import Read, Usable
-from worker.training.data.rendering import Example, Renderer
-from worker.training.order import RowOrder, evaluation_every, total_steps
+from worker.training.data.examples import Examples
+from worker.training.data.keys import copies, found_in
+from worker.training.data.reading import Read
+from worker.training.data.rendering import Renderer
+from worker.training.data.usable import Usable
+from worker.training.order import Lengths, RowOrder, evaluation_every, total_steps
 
 BAD_ROWS_SHOWN = 20
 
@@ -20,7 +21,7 @@ def describe(
     job: TrainingJob,
     dataset: Usable,
     validation: Usable | None,
-    train: Sequence[Example],
+    train: Examples,
     renderer: Renderer,
     max_length: int,
 ) -> dict[str, Any]:
@@ -31,13 +32,13 @@ def describe(
         dataset: Rows that are trained on or held out.
         validation: Rows of a file of their own that are held out.
         train: The examples that are trained on.
-        renderer: Shows the first of them, and knows how turns end.
+        renderer: Shows the first of them.
         max_length: Tokens that rows were cut at.
     """
     found = dataset.found
-    lengths = np.array([len(example.ids) for example in train])
+    lengths = train.lengths
     used = len(train)
-    steps = total_steps(job.training, lengths.tolist(), job.seed)
+    steps = total_steps(job.training, lengths, job.seed)
     report = {
         "format": _format(found),
         "rows": {
@@ -47,12 +48,12 @@ def describe(
             "bad": found.bad,
             "truncated": dataset.truncated,
             "dropped_without_targets": dataset.without_targets,
-            "duplicates": _duplicates(found.conversations),
+            "duplicates": copies(dataset.keys_of_all),
         },
         "bad_rows": _bad_rows(found),
         "tokens": {
             "all": int(lengths.sum()),
-            "in_loss": sum(example.targets for example in train),
+            "in_loss": int(train.targets.sum()),
         },
         "length": {
             "p50": int(np.percentile(lengths, 50)),
@@ -62,10 +63,10 @@ def describe(
             "limit": max_length,
         },
         "steps": steps,
-        "tokens_per_step": _tokens_per_step(job, lengths.tolist()),
+        "tokens_per_step": _tokens_per_step(job, lengths),
         "first_example": renderer.segments(train[0]),
         "warnings": [
-            *_warnings(job, dataset, validation, renderer, max_length),
+            *_warnings(job, dataset, validation, max_length),
             *_idle_settings(job, steps),
         ],
     }
@@ -74,8 +75,8 @@ def describe(
     return report
 
 
-def _tokens_per_step(job: TrainingJob, lengths: Sequence[int]) -> int:
-    return round(sum(lengths) / RowOrder(lengths, job.training, job.seed).steps(1))
+def _tokens_per_step(job: TrainingJob, lengths: Lengths) -> int:
+    return round(int(np.sum(lengths)) / RowOrder(lengths, job.training, job.seed).steps(1))
 
 
 def _describe_validation(usable: Usable, max_rows: int) -> dict[str, Any]:
@@ -107,16 +108,10 @@ def _bad_rows(found: Read) -> list[dict[str, str]]:
     return [{"place": row.place, "problem": row.problem} for row in found.bad_rows[:BAD_ROWS_SHOWN]]
 
 
-def _duplicates(conversations: Sequence[Conversation]) -> int:
-    counts = Counter(conversation.canonical() for conversation in conversations)
-    return sum(count - 1 for count in counts.values())
-
-
 def _warnings(
     job: TrainingJob,
     dataset: Usable,
     validation: Usable | None,
-    renderer: Renderer,
     max_length: int,
 ) -> Iterator[str]:
     if max_length < job.data.max_length:
@@ -124,7 +119,7 @@ def _warnings(
             f"data.max_length {job.data.max_length} is more than the {max_length} positions of the "
             f"base model: rows are cut at {max_length}."
         )
-    if not any(renderer.learns_to_stop(example) for example in dataset.found.examples):
+    if not dataset.learns_to_stop:
         yield "No end-of-turn token is in the loss: the adapter will not learn to stop."
     for usable in filter(None, (dataset, validation)):
         where = f" of {usable.found.file.uri}" if validation else ""
@@ -138,9 +133,8 @@ def _warnings(
                 "in them."
             )
     if validation:
-        seen = {conversation.canonical() for conversation in dataset.conversations}
-        held_out = validation.conversations[: job.evaluation.max_rows]
-        if both := sum(conversation.canonical() in seen for conversation in held_out):
+        held_out = validation.keys[: job.evaluation.max_rows]
+        if both := found_in(held_out, dataset.keys):
             yield f"{both} held-out rows are also among the rows to train on."
 
 

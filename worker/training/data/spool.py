@@ -4,12 +4,14 @@
 
 It runs with limits, knows neither torch nor a tokenizer, and writes to descriptor 5 one line of
 JSON for each row: ``{"place", "conversation"}`` or ``{"place", "problem"}``. Its standard output is
-one object: what the file is and how many rows are bad, or the error that ends the job.
+a line now and then, of how many rows it has read; and at last one object: what the file is and how
+many rows are bad, or the error that ends the job.
 """
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,6 +44,7 @@ from worker.training.errors import DatasetInvalid, is_disk_full
 
 NAMES_KEPT = 100
 NAME_LETTERS = 100
+TELL_SECONDS = 0.3
 
 
 class Spool:
@@ -69,6 +72,7 @@ class Spool:
         self._allowed = allowed
         self._most = most
         self._written = 0
+        self.lines = 0
         self.bad = 0
         self.columns: set[str] = set()
 
@@ -103,6 +107,7 @@ class Spool:
         content = json.dumps(line, ensure_ascii=False).encode() + b"\n"
         self._out.write(content)
         self._written += len(content)
+        self.lines += 1
         if self._most is not None and self._written > self._most:
             raise Overflow
 
@@ -131,7 +136,7 @@ def spool(request: dict[str, Any], out: IO[bytes]) -> dict[str, Any]:
         out: Where the rows go.
 
     Returns:
-        What the file is: source, format, bad, complete, columns.
+        What the file is: source, format, bad, complete, columns, rows (lines written).
 
     Raises:
         DatasetInvalid: If the file cannot be read.
@@ -162,15 +167,21 @@ def spool(request: dict[str, Any], out: IO[bytes]) -> dict[str, Any]:
         "bad": rows.bad,
         "complete": not rows.is_hopeless,
         "columns": sorted(rows.columns),
+        "rows": rows.lines,
     }
 
 
 def _read_all(file: DataFile, source: Source, rows: Spool, wanted: set[str]) -> None:
-    for row in read_rows(file, source, wanted, proceed):
+    tell_at = time.monotonic()
+    for done, row in enumerate(read_rows(file, source, wanted, proceed), 1):
         rows.put(row)
         if rows.is_hopeless:
             return
         proceed()
+        if time.monotonic() >= tell_at:
+            tell_at = time.monotonic() + TELL_SECONDS
+            sys.stdout.write(f"{done}\n")
+            sys.stdout.flush()
 
 
 def main() -> None:

@@ -8,8 +8,7 @@ of attention in the last layer, when all that was kept is still there.
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -293,37 +292,3 @@ def kept_per_token(shape: ModelShape, plan: Plan, *, dtype: torch.dtype, on_gpu:
     """Bytes that a token's forward pass writes for its backward pass, checkpointing or not."""
     tokens = plan.max_length * plan.micro_batch_size
     return _Kept(shape, plan, dtype.itemsize, tokens, on_gpu=on_gpu).in_layers() / tokens
-
-
-def best_micro_batch(
-    shape: ModelShape, plan: Plan, budget_bytes: int, *, most: int, **how: Any
-) -> int:
-    """The largest micro-batch whose estimate stays within a budget.
-
-    Args:
-        shape: The model with its adapter.
-        plan: The rest of the plan.
-        budget_bytes: What may be taken.
-        most: Rows of a step, or what else limits it.
-        how: Arguments of `estimate`, for a whole micro-batch of ``max_length`` tokens a row.
-
-    Returns:
-        From 1 to ``most``; 1 also where that does not fit.
-    """
-
-    def fits(size: int) -> bool:
-        return estimate(shape, replace(plan, micro_batch_size=size), **how).total <= budget_bytes
-
-    return max(1, _last(fits, most))
-
-
-def _last(holds: Callable[[int], bool], most: int) -> int:
-    """The largest number up to ``most`` for which it holds, if it holds for all below; or 0."""
-    low, high = 0, most
-    while low < high:
-        middle = (low + high + 1) // 2
-        if holds(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low

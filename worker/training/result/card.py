@@ -97,11 +97,18 @@ def _header(facts: Facts) -> str:
         base_model_relation=None if is_folder else "adapter",
         library_name="peft",
         pipeline_tag="text-generation",
-        tags=["lora", "sft", *(["flat-lora"] if job.sigma else [])],
+        tags=["lora", *_tags(facts)],
         model_name=f"{job.base_model.reference.rstrip('/').rpartition('/')[2]}-lora",
         eval_results=results,
     )
     return card.to_yaml() + "\n"
+
+
+def _tags(facts: Facts) -> Iterator[str]:
+    if facts.is_chat:  # plain text is no supervision
+        yield "sft"
+    if facts.job.sigma:
+        yield "flat-lora"
 
 
 def _kind_of_rows(facts: Facts) -> str:
@@ -155,15 +162,18 @@ def _history(points: Sequence[Mapping[str, float]]) -> str:
 
 
 def _limits(facts: Facts) -> Iterator[str]:
+    likeness = "are like the rows it was trained on"
+    if facts.job.validation:
+        likeness = "come from a file that the author of the job has chosen"
     yield (
-        "The held-out rows are like the rows it was trained on: their loss says nothing about "
+        f"The held-out rows {likeness}: their loss says nothing about "
         "other tasks, or about what the adapter has made worse."
     )
     yield (
         "It was not examined for safety, bias or truth. What the base model does wrong, and what "
         "stands in the rows, it may do too."
     )
-    yield f"It saw no more than {facts.max_length:,} tokens at once."
+    yield f"It saw no more than {facts.longest:,} tokens at once."
     if quantization := facts.job.training.quantization:
         yield (
             f"The base was held in {quantization.removesuffix('bit')} bits while it was trained. "

@@ -112,9 +112,14 @@ def draw(curves: Curves) -> str:
 def summary(curves: Curves) -> str:
     """The picture in a sentence, for whoever cannot see it."""
     first, last = curves.held_out[0][1], curves.held_out[-1][1]
+    of = f" of {number(curves.planned)}" if curves.planned is not None else ""
+    lowest = ""
+    if curves.best:
+        step, loss = curves.best
+        lowest = f", lowest {number(loss)} at step {number(step)}"
     return (
-        f"Training curves over {number(curves.last_step)} optimizer steps: "
-        f"held-out loss from {number(first)} to {number(last)}"
+        f"Training curves over {number(curves.last_step)}{of} optimizer steps: "
+        f"held-out loss from {number(first)} to {number(last)}{lowest}"
     )
 
 

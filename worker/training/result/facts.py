@@ -15,6 +15,7 @@ LOSS_ON = {
     "last_assistant": "the last turn of the assistant, with the token that ends it",
     "all": "all tokens",
 }
+TEXT = "all tokens, and the end of each text"
 HELD = {"4bit": "in 4 bits (bitsandbytes)", "8bit": "in 8 bits (bitsandbytes)"}
 
 
@@ -42,9 +43,9 @@ class Facts:
         return int(self.result["kept_step"])
 
     @property
-    def max_length(self) -> int:
-        """Tokens that rows were cut at."""
-        return int(self.report["length"]["limit"])
+    def longest(self) -> int:
+        """Tokens of the longest row that was trained on."""
+        return int(self.report["length"]["max"])
 
     @property
     def is_chat(self) -> bool:
@@ -58,8 +59,8 @@ def about_rows(facts: Facts) -> Iterator[Line]:
     yield "file", _source(job.dataset)
     yield from _counts(facts.report)
     if job.validation:
-        yield "held-out file", _source(job.validation)
-    yield "loss on", LOSS_ON[job.data.loss_on]
+        yield from _counts_held_out(job.validation, facts.report)
+    yield "loss on", LOSS_ON[job.data.loss_on] if facts.is_chat else TEXT
 
 
 def _source(file: DataFile) -> str:
@@ -69,17 +70,36 @@ def _source(file: DataFile) -> str:
 
 def _counts(report: Mapping[str, Any]) -> Iterator[Line]:
     rows, tokens, length = report["rows"], report["tokens"], report["length"]
-    format_ = report["format"]
-    parts = filter(None, (format_["file"], format_["compression"]))
-    bad, empty = rows["bad"], rows["dropped_without_targets"]
-    yield "format", f"{format_['name']} in {' '.join(parts)}"
+    yield "format", _format(report["format"])
     yield "rows read", f"{rows['read']:,}"
-    yield "rows trained on", f"{rows['used']:,}"
-    yield "rows held out", f"{rows['held_out']:,}"
-    yield "rows dropped", f"{bad + empty:,} ({bad:,} bad, {empty:,} with nothing to learn)"
+    yield "rows to train on", f"{rows['used']:,}"
+    if "validation" not in report:
+        yield "rows held out", f"{rows['held_out']:,}"
+    yield "rows dropped", _dropped(rows)
     yield "rows cut", f"{rows['truncated']:,} at {length['limit']:,} tokens"
-    yield "tokens", f"{tokens['all']:,}, of them {tokens['in_loss']:,} in the loss"
+    yield "tokens", f"{tokens['all']:,} to train on, of them {tokens['in_loss']:,} in the loss"
     yield "length", f"median {length['p50']:,}, p99 {length['p99']:,}, longest {length['max']:,}"
+
+
+def _counts_held_out(file: DataFile, report: Mapping[str, Any]) -> Iterator[Line]:
+    """Of rows in a file of their own."""
+    validation = report["validation"]
+    rows = validation["rows"]
+    yield "held-out file", _source(file)
+    yield "its format", _format(validation["format"])
+    beyond = f", {rows['beyond_max_rows']:,} beyond evaluation.max_rows"
+    yield "its rows", f"{rows['read']:,} read, {rows['held_out']:,} held out{beyond}"
+    yield "its rows dropped", _dropped(rows)
+    yield "its rows cut", f"{rows['truncated']:,} at {report['length']['limit']:,} tokens"
+
+
+def _format(found: Mapping[str, Any]) -> str:
+    return f"{found['name']} in {' '.join(filter(None, (found['file'], found['compression'])))}"
+
+
+def _dropped(rows: Mapping[str, Any]) -> str:
+    bad, empty = rows["bad"], rows["dropped_without_targets"]
+    return f"{bad + empty:,} ({bad:,} bad, {empty:,} with nothing to learn)"
 
 
 def settings(facts: Facts) -> Iterator[Line]:
@@ -118,7 +138,9 @@ def _of_the_run(facts: Facts) -> Iterator[Line]:
     yield "batch", f"{tokens:,} tokens" if tokens else f"{training.batch_size:,} rows"
     yield "tokens seen", f"{result['train_tokens']:,}"
     if patience:
-        yield "early stopping", f"after {patience} evaluations without a lower loss"
+        delta = job.evaluation.min_delta
+        lower = f"a loss lower by more than {delta:g}" if delta else "a lower loss"
+        yield "early stopping", f"after {patience} evaluations without {lower}"
     yield "adapter of", f"step {facts.kept_step:,}, the {'best' if is_best else 'last'} one"
 
 
@@ -134,7 +156,7 @@ def _of_the_optimizer(facts: Facts) -> Iterator[Line]:
 
 def _of_the_machine(facts: Facts) -> Iterator[Line]:
     job, plan, precision = facts.job, facts.result["plan"], facts.result["precision"]
-    yield "longest row", f"{facts.max_length:,} tokens"
+    yield "longest row", f"{facts.longest:,} tokens"
     yield "micro-batch", f"{plan['micro_batch_size']:,}{' packed' if plan['packing'] else ''} rows"
     yield "packing", "yes" if plan["packing"] else "no"
     yield "activation checkpointing", "yes" if plan["activation_checkpointing"] else "no"

@@ -16,6 +16,11 @@ messages = [{"role": "user", "content": "…"}]
 inputs = tokenizer.apply_chat_template(
     messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
 ).to(model.device)"""
+THEIRS = "The tokenizer and the chat template\nin this folder are those of the base model."
+ITS = (
+    "The tokenizer in this folder\nis that of the base model. The adapter has learnt to go on with "
+    "plain text, and no chat template."
+)
 TEXT = 'inputs = tokenizer("…", return_tensors="pt").to(model.device)'
 
 
@@ -35,7 +40,7 @@ def usage(
         _peft(job, precision, quantization, prompt),
         _vllm(job),
         _sglang(job),
-        _llama_cpp(job),
+        _llama_cpp(job, is_chat=is_chat),
     ]
     return ["## Use", *sections]
 
@@ -112,7 +117,7 @@ python -m sglang.launch_server --model-path {base}{revision} \\
 ```"""
 
 
-def _llama_cpp(job: TrainingJob) -> str:
+def _llama_cpp(job: TrainingJob, *, is_chat: bool) -> str:
     base = shlex.quote(job.base_model.reference)
     where = (
         f"--base {base}" if job.base_model.name.startswith("file:") else f"--base-model-id {base}"
@@ -132,8 +137,7 @@ python convert_lora_to_gguf.py {where} --outtype f16 \\
 llama-server --model base.gguf --lora adapter.gguf
 ```
 
-Each of these serves the architectures that it knows LoRA for. The tokenizer and the chat template
-in this folder are those of the base model."""
+Each of these serves the architectures that it knows LoRA for. {THEIRS if is_chat else ITS}"""
 
 
 def _base(job: TrainingJob) -> tuple[str, str]:

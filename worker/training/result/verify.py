@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from worker.training.config import BaseModel, TrainingJob
-from worker.training.data.rendering import Example
+from worker.training.data.examples import Example
 from worker.training.errors import BaseModelUnavailable, PublishFailed
 from worker.training.model.base import (
     choose_device,

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.worker.training.conftest import MARKED, UNMARKED, make_tokenizer
+from tests.worker.training.data.kept import read
 from worker.training.config import Data, DataFile
 from worker.training.data.conversations import RowFormat, known_columns
-from worker.training.data.dataset import read
 from worker.training.data.messages import ROLES
 from worker.training.data.rendering import Renderer
 from worker.training.errors import JobError

@@ -6,13 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.worker.training.conftest import MARKED, ROWS, Recorder, chat, make_tokenizer
 from worker.training.config import Data, DataFile, Evaluation, TrainingJob
 from worker.training.data.conversations import Conversation
-from worker.training.data.dataset import Prepared, describe_report, fingerprint, prepare, split
-from worker.training.data.rendering import Example, Renderer
+from worker.training.data.dataset import Prepared, describe_report, fingerprint, prepare
+from worker.training.data.examples import Example
+from worker.training.data.keys import as_keys, key_of, split
+from worker.training.data.rendering import Renderer
 from worker.training.errors import ConfigInvalid, DatasetInvalid
 from worker.training.run import run
 
@@ -29,45 +32,51 @@ def talks(*names: str) -> list[Conversation]:
     return [Conversation(chat(name, name)["messages"]) for name in names]
 
 
+def held_of(rows: list[Conversation], share: float, max_rows: int, seed: int) -> set[int]:
+    """Indices of the rows that are held out."""
+    keys = as_keys(b"".join(key_of(row, seed) for row in rows))
+    return set(np.flatnonzero(split(keys, share, max_rows)).tolist())
+
+
 class TestSplit:
     def test_equal_rows_never_sit_on_both_sides(self) -> None:
         rows = talks(*(str(n % 20) for n in range(200)))
         for seed in range(20):
-            held = split(rows, 0.2, 500, seed)
+            held = held_of(rows, 0.2, 500, seed)
             assert held
             names = {index % 20 for index in held}
             assert len(held) == 10 * len(names)
 
     def test_it_does_not_depend_on_the_order_of_the_rows(self) -> None:
         rows = talks(*map(str, range(50)))
-        one, other = split(rows, 0.1, 500, 1), split(rows[::-1], 0.1, 500, 1)
+        one, other = held_of(rows, 0.1, 500, 1), held_of(rows[::-1], 0.1, 500, 1)
         assert one == {49 - index for index in other}
         assert len(one) == 5
 
     def test_the_seed_chooses_and_the_limit_holds(self) -> None:
         rows = talks(*map(str, range(50)))
-        assert split(rows, 0.1, 500, 1) != split(rows, 0.1, 500, 2)
-        assert len(split(rows, 0.5, 3, 1)) == 3
+        assert held_of(rows, 0.1, 500, 1) != held_of(rows, 0.1, 500, 2)
+        assert len(held_of(rows, 0.5, 3, 1)) == 3
 
     def test_one_row_is_held_out_at_least_and_one_left_to_train_on(self) -> None:
-        assert len(split(talks("a", "b"), 0.01, 500, 1)) == 1
-        assert len(split(talks("a", "b", "c"), 0.5, 500, 1)) == 2
+        assert len(held_of(talks("a", "b"), 0.01, 500, 1)) == 1
+        assert len(held_of(talks("a", "b", "c"), 0.5, 500, 1)) == 2
 
     def test_copies_beyond_the_limit_are_passed_over(self) -> None:
         rows = talks(*["copy"] * 900, *map(str, range(100)))
         for seed in range(20):
-            held = split(rows, 0.05, 500, seed)
+            held = held_of(rows, 0.05, 500, seed)
             assert len(held) == 50
             assert min(held) >= 900
 
     def test_the_fewest_copies_are_held_out_where_none_fit(self) -> None:
         rows = talks(*["a"] * 900, *["b"] * 20, *["c"] * 800)
         for seed in range(20):
-            assert split(rows, 0.001, 500, seed) == set(range(900, 920))
+            assert held_of(rows, 0.001, 500, seed) == set(range(900, 920))
 
     def test_rows_that_are_all_the_same_cannot_be_split(self) -> None:
         with pytest.raises(DatasetInvalid, match="are the same: none can be held out"):
-            split(talks("a", "a"), 0.5, 500, 1)
+            held_of(talks("a", "a"), 0.5, 500, 1)
 
     def test_only_rows_that_survive_are_held_out(self, make_job: Make) -> None:
         unlearnable = [chat(f"{n}" * 500, "y") for n in range(100, 160)]
@@ -157,7 +166,7 @@ class TestReport:
         total = sum(rows_report[n] for n in ("used", "held_out", "bad", "dropped_without_targets"))
         assert total == len(rows)
         assert found.report["bad_rows"][0]["place"] == f"line {len(rows)}"
-        assert all(example.targets for example in found.train + found.held_out)
+        assert all(example.targets for example in [*found.train, *found.held_out])
         assert found.report["length"]["max"] <= 128
 
     def test_the_first_example_shows_what_is_learnt(self, make_job: Make) -> None:

@@ -16,10 +16,10 @@ import pytest
 import zstandard
 
 from tests.worker.training.conftest import ROWS, chat
+from tests.worker.training.data.kept import read
 from tests.worker.training.data.measured import Measured
 from worker.training.config import Data, DataFile
 from worker.training.data.conversations import Conversation
-from worker.training.data.dataset import read
 from worker.training.data.parsing import parse
 from worker.training.data.rows import read_rows
 from worker.training.data.sources import recognise_file

@@ -19,9 +19,9 @@ import pytest
 import zstandard
 
 from tests.worker.training.canary import pickled
+from tests.worker.training.data.kept import read
 from tests.worker.training.data.measured import Measured
 from worker.training.config import Data, DataFile
-from worker.training.data.dataset import read
 from worker.training.data.limits import explain_end
 from worker.training.data.parsing import parse
 from worker.training.errors import DatasetInvalid

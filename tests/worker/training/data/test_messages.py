@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from tests.worker.training.conftest import chat, make_tokenizer
+from tests.worker.training.data.kept import read
 from tests.worker.training.data.test_rows import answered, calls, problem
 from worker.training.config import Data, DataFile
 from worker.training.data.conversations import Conversation
-from worker.training.data.dataset import read
 from worker.training.data.rendering import Renderer
 from worker.training.errors import ConfigInvalid
 

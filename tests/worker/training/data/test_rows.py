@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from tests.worker.training.conftest import ROWS, chat
+from tests.worker.training.data.kept import read
 from worker.training.config import Data, DataFile
 from worker.training.data.conversations import Conversation
-from worker.training.data.dataset import read
 from worker.training.errors import ConfigInvalid, DatasetInvalid
 
 Write = Callable[..., DataFile]

@@ -29,11 +29,11 @@ from flatlora import FlatLora, FlatLoraConfig
 from tests.worker.training.model.shapes import EIGHT_B, FOUR_B, LORA, ONE_B, SIZES, THREE_B, rank_16
 from worker.training.batches import Batch
 from worker.training.config import BaseModel, Lora
-from worker.training.data.rendering import Example
+from worker.training.data.examples import Example
 from worker.training.model.base import checkpoint_activations
 from worker.training.model.head import answer_with_loss, summed_loss
 from worker.training.model.lora import fast_adapters
-from worker.training.model.memory import Estimate, best_micro_batch, estimate
+from worker.training.model.memory import Estimate, estimate
 from worker.training.model.shape import ModelShape, describe_model, shape_of
 from worker.training.plan import Plan
 
@@ -233,24 +233,6 @@ def test_more_targets_and_more_tokens_need_more() -> None:
         ).total
 
     assert total(2048, 100) < total(4096, 100) < total(4096, 4096)
-
-
-def test_the_best_micro_batch_fits_and_one_row_more_does_not() -> None:
-    shape = rank_16(LlamaConfig, EIGHT_B)
-    plan = Plan(1024, 1, packing=True, varlen=True)
-    how: dict[str, Any] = {"dtype": torch.bfloat16, "on_gpu": True}
-
-    def total(rows: int) -> int:
-        return estimate(shape, replace(plan, micro_batch_size=rows), **how).total
-
-    totals = [total(rows) for rows in range(1, 20)]
-    assert totals == sorted(set(totals))
-    budget = 60 * GIB
-    best = best_micro_batch(shape, plan, budget, most=64, **how)
-    assert 1 < best < 64
-    assert total(best) <= budget < total(best + 1)
-    assert best_micro_batch(shape, plan, budget, most=3, **how) == 3
-    assert best_micro_batch(shape, plan, GIB, most=64, **how) == 1
 
 
 def test_sharded_weights_are_divided() -> None:

@@ -18,7 +18,7 @@ from tests.flatlora.ranks import Ranks as Processes
 from tests.flatlora.ranks import ranks_of
 from worker.training.batches import Batch
 from worker.training.config import Resources, TrainingJob
-from worker.training.data.rendering import Example
+from worker.training.data.examples import Example
 from worker.training.errors import ConfigInvalid
 from worker.training.model.base import attach_adapter, checkpoint_activations, load_base
 from worker.training.model.head import answer_with_loss, scores, summed_loss

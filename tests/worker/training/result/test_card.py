@@ -20,7 +20,7 @@ from tests.worker.training.result.finished import (
     made_up_state,
     report_of,
 )
-from worker.training.config import DataFile, Resources, TrainingJob
+from worker.training.config import DataFile, Evaluation, Resources, TrainingJob
 from worker.training.files import sha256_of
 from worker.training.plan import Plan
 from worker.training.result.card import write_card
@@ -140,7 +140,7 @@ class TestText:
             "| schedule | cosine, after a warm-up of 3 % of the steps |",
             "| optimizer | AdamW, weight decay 0.1 |",
             "| gradients | clipped at norm 1 |",
-            "| longest row | 128 tokens |",
+            f"| longest row | {report_of(job)['length']['max']} tokens |",
             "| packing | yes |",
             "| micro-batch | 2 packed rows |",
             "| activation checkpointing | no |",
@@ -174,6 +174,32 @@ class TestText:
         card = card_of(replace(job, validation=validation), tmp_path)
         assert "3 rows of `file:validation.jsonl`; 17 tokens in the loss" in card
         assert f"| held-out file | `file:validation.jsonl`, SHA-256 `{validation.sha256}` |" in card
+        assert "| its format | chat in jsonl |" in card
+        assert "| its rows | 40 read, 3 held out, 37 beyond evaluation.max_rows |" in card
+        assert "| rows to train on | 40 |" in card
+        assert "| rows held out |" not in card
+        assert "are like the rows it was trained on" not in card
+
+    def test_rows_of_text_are_not_said_to_have_turns(self, make_job: Make, tmp_path: Path) -> None:
+        rows = [{"text": f"Once {n}."} for n in range(40)]
+        job = make_job(rows=rows, data={"format": "text"})
+        card = card_of(job, tmp_path)
+        assert "| loss on | all tokens, and the end of each text |" in card
+        assert "assistant" not in card
+        assert "the chat template" not in card
+        assert "sft" not in header_of(card).tags
+
+    def test_it_saw_no_more_than_its_longest_row(self, make_job: Make, tmp_path: Path) -> None:
+        job = make_job()
+        longest = report_of(job)["length"]["max"]
+        assert longest < job.data.max_length
+        assert f"It saw no more than {longest} tokens at once." in card_of(job, tmp_path)
+
+    def test_patience_counts_what_is_lower_by_enough(self, make_job: Make, tmp_path: Path) -> None:
+        evaluation = Evaluation(max_rows=3, patience=2, min_delta=0.01)
+        card = card_of(replace(make_job(), evaluation=evaluation), tmp_path)
+        line = "after 2 evaluations without a loss lower by more than 0.01"
+        assert f"| early stopping | {line} |" in card
 
     def test_an_early_end_and_the_kept_step_are_told(self, make_job: Make, tmp_path: Path) -> None:
         card = card_of(

@@ -11,7 +11,7 @@ import pytest
 
 from tests.worker.training.result.finished import made_up_state
 from worker.training.config import Evaluation, TrainingJob
-from worker.training.result.curves import HEIGHT, WIDTH, Curves, curves_of, draw
+from worker.training.result.curves import HEIGHT, WIDTH, Curves, curves_of, draw, summary
 from worker.training.result.svg import multiples, number, tick_step
 
 Make = Callable[..., TrainingJob]
@@ -160,6 +160,15 @@ class TestWhatIsShown:
         title = next(parsed(RUNS["many steps"]).iter(f"{NAMESPACE}title"))
         assert title.text == (
             "Training curves over 12,000 optimizer steps: held-out loss from 3 to 1"
+        )
+
+    def test_the_words_name_an_early_end_and_the_loss_that_was_kept(self, make_job: Make) -> None:
+        state = made_up_state()
+        state.held_out[1]["loss"] = 1.5
+        job = replace(make_job(), evaluation=Evaluation(keep="best"))
+        assert summary(curves_of(job, state, 20)) == (
+            "Training curves over 8 of 20 optimizer steps: held-out loss from 5.5 to 2.25, "
+            "lowest 1.5 at step 4"
         )
 
 
