@@ -8,6 +8,7 @@ from urllib.parse import unquote, urlsplit
 
 from pydantic import (
     Field,
+    IPvAnyNetwork,
     NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
@@ -26,6 +27,7 @@ POSTGRES = re.compile(r"^postgres(ql)?(\+psycopg)?://")  # as hosts of databases
 
 REMOTE_STORES = {"s3", "gs", "az"}
 STORE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+BUCKET = re.compile(r"(?:s3|gs|az)://[A-Za-z0-9*][A-Za-z0-9._*-]*(?:/[^/]+)*/?")
 
 
 def split_list(value: object) -> object:
@@ -86,8 +88,25 @@ class Settings(BaseSettings):
     hub_models: Annotated[list[str], NoDecode] = Field(default_factory=lambda: ["*"])
     """Hub ids that jobs may name; ``*`` matches any run of characters."""
 
+    hub_datasets: Annotated[list[str], NoDecode] = Field(default_factory=lambda: ["*"])
+    """Datasets of the hub that jobs may name, as ``org/name``; ``*`` as above."""
+    dataset_buckets: Annotated[list[str], NoDecode] = Field(default_factory=list)
+    """Where ``s3:``, ``gs:`` and ``az:`` datasets may lie: ``s3://bucket`` or
+    ``s3://bucket/prefix``; ``*`` matches any run of characters but a slash. Empty: nowhere."""
+    allowed_networks: Annotated[list[IPvAnyNetwork], NoDecode] = Field(default_factory=list)
+    """Networks such as ``10.1.0.0/16`` that count as public for ``https:`` datasets and webhooks.
+    All other private addresses are refused."""
+    allowed_ports: Annotated[list[Annotated[int, Field(ge=1, le=65535)]], NoDecode] = Field(
+        default_factory=list
+    )
+    """Ports that these may be on beside 443, and 80 where ``http:`` is allowed."""
+    allow_http: bool = False
+    """``http:`` URLs are taken too: for private networks, as anybody in between reads them."""
+
     max_body_bytes: PositiveInt = 1 << 20
     max_dataset_bytes: PositiveInt = 4 << 30
+    dataset_seconds: PositiveFloat = 3600
+    """How long the worker may take to fetch one dataset from elsewhere."""
 
     lease_seconds: PositiveFloat = 60
     heartbeat_seconds: PositiveFloat = 10
@@ -154,8 +173,19 @@ class Settings(BaseSettings):
         return downloads
 
     split_lists = field_validator(
-        "dataset_roots", "model_roots", "hub_models", "allowed_hosts", "devices", mode="before"
-    )(split_list)
+        "dataset_roots", "model_roots", "hub_models", "hub_datasets", "dataset_buckets",
+        "allowed_networks", "allowed_ports", "allowed_hosts", "devices", mode="before",
+    )(split_list)  # fmt: skip
+
+    @field_validator("dataset_buckets", mode="after")
+    @classmethod
+    def _be_buckets(cls, buckets: list[str]) -> list[str]:
+        for bucket in buckets:
+            if not BUCKET.fullmatch(bucket):
+                raise ValueError(
+                    f"expected s3://bucket or s3://bucket/prefix, gs://… or az://…; found {bucket}"
+                )
+        return buckets
 
     @field_validator("devices", mode="after")
     @classmethod

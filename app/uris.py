@@ -1,6 +1,7 @@
-"""URIs of datasets and base models: what they may point at, and where that is.
+"""URIs of files and base models on this machine: what they may point at, and where that is.
 
-The API resolves a URI when a job is submitted, the worker again when it fetches: both here.
+The API resolves a URI when a job is submitted, the worker again when it fetches: both here. What
+datasets may be beside files is in app/datasets/uris.py.
 """
 
 import os
@@ -9,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-DATASET_SCHEMES = ("file:", "dataset:")
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,95}/[A-Za-z0-9][A-Za-z0-9_.-]{0,95}(?<![.-])")
 FILE_URI = re.compile(
     r"""file:
@@ -25,7 +25,8 @@ class UriError(Exception):
     """A URI that cannot be used.
 
     code: uri_malformed, uri_scheme_unsupported, path_not_allowed, dataset_not_found,
-    base_model_not_found, base_model_unusable or base_model_not_allowed.
+    base_model_not_found, base_model_unusable, base_model_not_allowed; of datasets elsewhere
+    bucket_not_allowed, dataset_not_allowed, and those of app/net/errors.py.
     """
 
     def __init__(self, code: str, detail: str, hint: str | None = None) -> None:
@@ -104,15 +105,6 @@ def check_hub_id(name: str, allowed: Sequence[str]) -> None:
             "base_model_not_allowed",
             f"{name} is not among the hub models that this service may use: {_list(allowed)}.",
             "Add it to FLATLORA_HUB_MODELS, or name another: GET /models lists them.",
-        )
-
-
-def check_dataset_scheme(uri: str) -> None:
-    if not uri.startswith(DATASET_SCHEMES):
-        raise UriError(
-            "uri_scheme_unsupported",
-            f"{uri!r} does not begin with one of {', '.join(DATASET_SCHEMES)}.",
-            "Name a file below a configured root, or upload one with POST /datasets.",
         )
 
 

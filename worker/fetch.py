@@ -19,6 +19,7 @@ from app.tables import DatasetRow
 from app.uris import UriError, resolve_dataset_file, resolve_model_folder
 from worker.claims import Lease
 from worker.inputs import pinned, read_job, write_job
+from worker.remote import TASKS, Bring, order_for
 from worker.training.config import BaseModel, DataFile
 from worker.training.errors import BaseModelUnavailable, DatasetUnavailable
 
@@ -35,7 +36,7 @@ class Fetcher:
         self._engine = engine
         self._store = store
 
-    def fetch(self, folder: Path, lease: Lease, download: Download, pin: Pin) -> None:
+    def fetch(self, folder: Path, lease: Lease, download: Download, bring: Bring, pin: Pin) -> None:
         """Fill a job's folder with its inputs and their description.
 
         A later attempt finds the first one's copies and uses them again, so that a file that has
@@ -47,9 +48,9 @@ class Fetcher:
             return
         if not _is_intact(folder):
             base_model = self._base_model(spec["base_model"], spec["base_model_revision"], download)
-            dataset = self._dataset(folder, "train", spec["dataset_uri"])
+            dataset = self._dataset(folder, "train", spec["dataset_uri"], bring)
             uri = spec["evaluation"]["validation_uri"]
-            validation = self._dataset(folder, "validation", uri) if uri else None
+            validation = self._dataset(folder, "validation", uri, bring) if uri else None
             write_job(folder, lease.job_id, dict(spec), base_model, dataset, validation)
         if self._settings.is_cluster:
             self._pin(folder, pin)
@@ -91,14 +92,24 @@ class Fetcher:
             ) from error
         return file
 
-    def _dataset(self, folder: Path, name: str, uri: str) -> DataFile:
+    def _dataset(self, folder: Path, name: str, uri: str, bring: Bring) -> DataFile:
         target = folder / "dataset" / name
         target.parent.mkdir(parents=True, exist_ok=True)
+        if uri.partition(":")[0] in TASKS:
+            return self._from_elsewhere(uri, target, bring)
         if uri.startswith("dataset:"):
             filename = self._fetch_upload(uri, target)
         else:
             filename = self._copy_file(uri, target)
         return DataFile(uri=uri, path=target, filename=filename, sha256=sha256_of(target))
+
+    def _from_elsewhere(self, uri: str, target: Path, bring: Bring) -> DataFile:
+        try:
+            order = order_for(uri, target, self._settings)
+        except UriError as error:  # this machine's settings differ from the API's
+            raise DatasetUnavailable(error.detail, error.hint) from error
+        found = bring(order)
+        return DataFile(order.uri, target, found.filename, found.sha256, found.revision)
 
     def _fetch_upload(self, uri: str, target: Path) -> str:
         with Session(self._engine) as session:

@@ -39,8 +39,8 @@ def write_job(
         "job_id": job_id,
         "spec": spec,
         "base_model": asdict(base_model),
-        "dataset": asdict(dataset),
-        "validation": asdict(validation) if validation else None,
+        "dataset": _described(dataset),
+        "validation": _described(validation) if validation else None,
         "clock": clock or datetime.now(UTC).isoformat(timespec="seconds"),
     }
     replace_text(folder / JOB_FILE, json.dumps(record, default=str, indent=1))
@@ -69,6 +69,12 @@ def read_job(folder: Path) -> TrainingJob:
         validation=_data_file(record["validation"]) if record["validation"] else None,
         clock=datetime.fromisoformat(record["clock"]),
     )
+
+
+def _described(file: DataFile) -> dict[str, Any]:
+    """Without what 0.1 does not know, where that says nothing: its workers may go on from here."""
+    values = asdict(file)
+    return {name: value for name, value in values.items() if name != "revision" or value}
 
 
 def _base_model(values: dict[str, Any]) -> BaseModel:

@@ -29,16 +29,28 @@ FIXED = {
     "TOKENIZERS_PARALLELISM": "false",
     "TRANSFORMERS_VERBOSITY": "warning",
 }
-# Only what fetches a model may reach the hub, and has the token for it.
+# Only what fetches from the hub may reach it, and has the token for it.
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
-DOWNLOADING = (
+TRUSTED = ("SSL_CERT_DIR", "SSL_CERT_FILE")
+PROXIES = (
+    "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "https_proxy", "http_proxy", "no_proxy",
+)  # fmt: skip
+HUB = (
     "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN", "HF_TOKEN_PATH",
-    "HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT",
-    "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "SSL_CERT_DIR", "SSL_CERT_FILE", "XDG_CACHE_HOME",
-    "https_proxy", "http_proxy", "no_proxy",
+    "HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "XDG_CACHE_HOME", *PROXIES, *TRUSTED,
 )  # fmt: skip
 
-Task = Literal["download", "train", "verify"]
+Task = Literal["download", "hub", "web", "bucket", "train", "verify"]
+
+FETCHING: dict[Task, tuple[str, ...]] = {
+    "download": HUB,
+    "hub": HUB,
+    "web": TRUSTED,  # no proxy: that would connect to addresses which nobody has checked
+    "bucket": (*PROXIES, *TRUSTED),
+}
+"""What a task gets that fetches something."""
+CLOUDS = ("AWS_", "AZURE_", "GOOGLE_")
+"""How the names begin of what else ``bucket`` gets."""
 
 LOCK_FILE = "trainer.lock"
 LOCK_SECONDS = 10  # for a killed trainer to be gone
@@ -127,9 +139,11 @@ class TrainerProcess:
 
 
 def _environment(task: Task) -> dict[str, str]:
-    names = PASSED_ON + (DOWNLOADING if task == "download" else ())
+    names = PASSED_ON + FETCHING.get(task, ())
     passed = {name: os.environ[name] for name in names if name in os.environ}
-    return passed | FIXED | ({} if task == "download" else OFFLINE)
+    if task == "bucket":
+        passed |= {name: text for name, text in os.environ.items() if name.startswith(CLOUDS)}
+    return passed | FIXED | ({} if FETCHING.get(task) is HUB else OFFLINE)
 
 
 def _take_over(path: Path, fence: int) -> int:

@@ -29,6 +29,7 @@ from worker.pipe import Message
 from worker.process import FolderBusy, Task, TrainerProcess, out_of_memory_kills
 from worker.progress import Progress
 from worker.publish import publish
+from worker.remote import Arrived, Order
 from worker.trainer import DRAINED
 from worker.training.errors import ConfigInvalid, JobError, as_told
 from worker.watch import Draining, Stop, Watch
@@ -208,9 +209,15 @@ class Supervisor:
             found = self._run("download", folder, lease, progress, watch, *arguments)
             return Path(found["path"])
 
+        def bring(order: Order) -> Arrived:
+            with order.written() as path:
+                arguments = (str(path),)
+                found = self._run(order.task, folder, lease, progress, watch, *arguments)
+            return Arrived(**found)
+
         def fetch() -> None:
             pin = partial(self._claims.pin, lease)
-            self._fetcher.fetch(folder, lease, download, pin)
+            self._fetcher.fetch(folder, lease, download, bring, pin)
 
         self._patient(fetch, watch)
         if self._settings.is_cluster:
@@ -289,7 +296,9 @@ class Supervisor:
         raise TrainerDied(_how(code), reason)
 
     def _start(self, task: Task, folder: Path, lease: Lease, *arguments: str) -> TrainerProcess:
-        module, environment = self._settings.trainer_module, self._environment(lease)
+        is_ours = task in {"hub", "web", "bucket"}  # a trainer of one's own does not fetch rows
+        module = "worker.trainer" if is_ours else self._settings.trainer_module
+        environment = self._environment(lease)
         try:
             return TrainerProcess(task, folder, *arguments, module=module, environment=environment)
         except FolderBusy as error:

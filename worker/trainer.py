@@ -1,6 +1,7 @@
 """The trainer process: one job, then the end. It holds no key to the database or the broker.
 
     python -m worker.trainer download <job folder> <report descriptor> <hub id> <revision> <what>
+    python -m worker.trainer hub|web|bucket <job folder> <report descriptor> <order>
     python -m worker.trainer train    <job folder> <report descriptor>
     python -m worker.trainer verify   <job folder> <report descriptor>
 
@@ -8,7 +9,8 @@ A job of several GPUs is trained by as many processes, its ranks, and ``train`` 
 
     python -m worker.trainer rank     <job folder> <report descriptor>
 
-``what`` is ``all``, or ``description`` for a model without its weights.
+``what`` is ``all``, or ``description`` for a model without its weights. ``order`` is the file in
+which worker/remote.py has written which dataset to fetch.
 
 It stops at the next step when told to: SIGTERM means drain (checkpoint, exit 75), SIGUSR1 means
 cancel (exit 76). It dies with its supervisor: the kernel kills it where that can be asked for,
@@ -20,6 +22,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -147,11 +150,24 @@ def _download(
 ) -> None:
     from worker.download import download_model
 
-    # Nobody waits for half a download, and what has come stays in the cache.
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    _die_at_once()  # what has come stays in the cache
     path = download_model(name, revision or None, with_weights=what == "all")
     reporter.result({"path": str(path)})
+
+
+def _fetch(_folder: Path, reporter: PipeReporter, _control: Signals, order: str) -> None:
+    from worker.remote import Order, bring, watch_the_clock
+
+    _die_at_once()
+    ordered = Order.read(Path(order))
+    watch_the_clock(ordered, reporter)
+    reporter.result(asdict(bring(ordered)))
+
+
+def _die_at_once() -> None:
+    """Nobody waits for half a download."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
 
 
 def _train(folder: Path, reporter: PipeReporter, control: Signals) -> None:
@@ -239,6 +255,9 @@ def _verify(folder: Path, reporter: PipeReporter, _control: Signals) -> None:
 
 TASKS: dict[str, Callable[..., None]] = {
     "download": _download,
+    "hub": _fetch,
+    "web": _fetch,
+    "bucket": _fetch,
     "train": _train,
     "rank": _rank,
     "verify": _verify,

@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.datasets.repository import DatasetRepository
+from app.datasets.uris import check_dataset_uri
 from app.db import now
 from app.errors import (
     IdempotencyKeyReused,
@@ -40,9 +41,7 @@ from app.tables import JobRow
 from app.tracing import inject
 from app.uris import (
     UriError,
-    check_dataset_scheme,
     check_hub_id,
-    resolve_dataset_file,
     resolve_model_folder,
 )
 
@@ -155,7 +154,7 @@ class JobService:
         )
 
     def _check_paths(self, spec: JobCreate) -> list[Fault]:
-        """What the file system and the settings have against a job; all of it."""
+        """What the file system and the settings have against a job; all of it. No network."""
         faults = []
         try:
             self._check_base_model(spec)
@@ -172,9 +171,7 @@ class JobService:
             )
         for pointer, uri in _dataset_uris(spec):
             try:
-                check_dataset_scheme(uri)
-                if uri.startswith("file:"):
-                    resolve_dataset_file(uri, self._settings.dataset_roots)
+                check_dataset_uri(uri, self._settings)
             except UriError as error:
                 faults.append(_fault(pointer, error))
         return faults

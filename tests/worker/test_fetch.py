@@ -63,7 +63,7 @@ class Machine:
             self.claims.pin(lease, inputs)
 
         fetcher = Fetcher(self.settings, self.engine, self.store)
-        fetcher.fetch(self.folder(lease), lease, self.hub.download, pin)
+        fetcher.fetch(self.folder(lease), lease, self.hub.download, self.hub.bring, pin)
         return read_job(self.folder(lease))
 
     def attempt(self) -> TrainingJob:

@@ -41,12 +41,14 @@ class DataFile:
         path: The local copy.
         filename: The original name; its suffixes tell the format (``rows.jsonl.gz``).
         sha256: Of the local copy.
+        revision: The commit, for a file of the hub.
     """
 
     uri: str
     path: Path
     filename: str
     sha256: str
+    revision: str | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from worker.training.build import build, look_ahead
 from worker.training.checkpoints import Checkpoint, Checkpoints
-from worker.training.config import TrainingJob
+from worker.training.config import DataFile, TrainingJob
 from worker.training.data.dataset import Prepared, fingerprint, prepare
 from worker.training.data.rendering import Renderer
 from worker.training.evaluation import best_of
@@ -164,14 +164,18 @@ def describe_inputs(job: TrainingJob, prepared: Prepared, place: Place) -> dict[
             "revision": job.base_model.revision,
             "files": json.loads(ranks.first_tells(files)),
         },
-        "dataset": {"uri": job.dataset.uri, "sha256": job.dataset.sha256},
-        "validation": job.validation
-        and {"uri": job.validation.uri, "sha256": job.validation.sha256},
+        "dataset": _source(job.dataset),
+        "validation": job.validation and _source(job.validation),
         "tokens_sha256": fingerprint(prepared),
         "settings": settings,
         "precision": place.precision,
         "strategy": place.strategy,
     }
+
+
+def _source(file: DataFile) -> dict[str, str]:
+    pinned = {"revision": file.revision} if file.revision else {}
+    return {"uri": file.uri, "sha256": file.sha256, **pinned}
 
 
 def _result(this_run: Run, state: State, place: Place) -> dict[str, Any]:

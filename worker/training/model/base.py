@@ -23,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from worker.training.config import BaseModel, Quantization, Training, TrainingJob
 from worker.training.errors import BaseModelUnavailable, ConfigInvalid, OutOfGpuMemory
 from worker.training.files import sha256_of
+from worker.training.model.plain import check_plain, explained
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +40,11 @@ def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
         )
     except Exception as error:  # tokenizers raises bare ones
         log.exception("tokenizer cannot be loaded")
-        raise BaseModelUnavailable(
+        problem = BaseModelUnavailable(
             f"The tokenizer of {base.name} cannot be loaded.",
             "Expected a folder with tokenizer.json and tokenizer_config.json.",
-        ) from error
+        )
+        raise explained(base, problem) from error
     return tokenizer
 
 
@@ -99,6 +101,7 @@ def load_base(
             f"{base.name} holds an adapter_config.json: it is an adapter, or has one in it.",
             "Name the folder of the base model itself, or of a merged one.",
         )
+    check_plain(base)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             base.path,
@@ -113,10 +116,11 @@ def load_base(
         raise _too_large(base) from error
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         log.exception("base model cannot be loaded")
-        raise BaseModelUnavailable(
+        problem = BaseModelUnavailable(
             f"{base.name} cannot be loaded as a causal language model.",
             "Expected config.json and whole *.safetensors, as save_pretrained() writes them.",
-        ) from error
+        )
+        raise explained(base, problem) from error
     model: PreTrainedModel = loaded[0]
     _check_whole(base, loaded[1]["missing_keys"])
     model.config.use_cache = False

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from worker.training.config import TrainingJob
+from worker.training.config import DataFile, TrainingJob
 from worker.training.state import State
 
 Line = tuple[str, str]
@@ -55,12 +55,16 @@ class Facts:
 def about_rows(facts: Facts) -> Iterator[Line]:
     """Which rows it was trained on, and what became of them."""
     job = facts.job
-    yield "file", f"{code(job.dataset.uri)}, SHA-256 `{job.dataset.sha256}`"
+    yield "file", _source(job.dataset)
     yield from _counts(facts.report)
     if job.validation:
-        uri, sha256 = job.validation.uri, job.validation.sha256
-        yield "held-out file", f"{code(uri)}, SHA-256 `{sha256}`"
+        yield "held-out file", _source(job.validation)
     yield "loss on", LOSS_ON[job.data.loss_on]
+
+
+def _source(file: DataFile) -> str:
+    commit = f", commit `{file.revision}`" if file.revision else ""
+    return f"{code(file.uri)}{commit}, SHA-256 `{file.sha256}`"
 
 
 def _counts(report: Mapping[str, Any]) -> Iterator[Line]:
