@@ -104,9 +104,11 @@ class _Part:
             etag = answer.headers.get("etag", "")
             self._etag = etag if STRONG_ETAG.fullmatch(etag) else ""
             return
-        if answer.status_code in {206, 416}:  # not what was asked for: anew
+        if answer.status_code in {206, 416} and self.size:  # not what was asked for: anew
             self._forget()
-            raise ConnectionFailed(f"{answer.url.host} has sent another part than asked for.")
+            raise ConnectionFailed(
+                f"{answer.url.host} has sent another part than asked for.", "Try another server."
+            )
         raise refused(answer)
 
     def finish(self) -> str:

@@ -140,14 +140,59 @@ class AsyncPublicBackend(httpcore2.AsyncNetworkBackend):
         except (OSError, UnicodeError) as error:
             raise _not_found(host, error) from error
         *others, last = checked(host, port, found, self._rules)
-        for address in others:
-            try:
-                return await self._sockets.connect_tcp(
+
+        async def connect(address: str) -> httpcore2.AsyncNetworkStream:
+            return _AsyncStream(
+                await self._sockets.connect_tcp(
                     address, port, timeout, local_address, socket_options
                 )
+            )
+
+        for address in others:
+            try:
+                return await connect(address)
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout):
                 continue
-        return await self._sockets.connect_tcp(last, port, timeout, local_address, socket_options)
+        return await connect(last)
 
     async def sleep(self, seconds: float) -> None:
         await self._sockets.sleep(seconds)
+
+
+class _AsyncStream(httpcore2.AsyncNetworkStream):
+    """A stream that is closed also where its handshake is cancelled."""
+
+    def __init__(self, stream: httpcore2.AsyncNetworkStream) -> None:
+        self._stream = stream
+
+    async def read(
+        self,
+        max_bytes: int,
+        timeout: float | None = None,  # noqa: ASYNC109 - the signature of httpcore2
+    ) -> bytes:
+        return await self._stream.read(max_bytes, timeout)
+
+    async def write(
+        self,
+        buffer: bytes,
+        timeout: float | None = None,  # noqa: ASYNC109 - the signature of httpcore2
+    ) -> None:
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def start_tls(
+        self,
+        ssl_context: "ssl.SSLContext",
+        server_hostname: str | None = None,
+        timeout: float | None = None,  # noqa: ASYNC109 - the signature of httpcore2
+    ) -> httpcore2.AsyncNetworkStream:
+        try:
+            return await self._stream.start_tls(ssl_context, server_hostname, timeout)
+        except BaseException:
+            await self.aclose()
+            raise
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)

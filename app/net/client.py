@@ -114,7 +114,9 @@ def next_hop(url: httpx2.URL, location: str, rules: Rules) -> httpx2.URL:
     try:
         target = url.join(location)
     except (httpx2.InvalidURL, UnicodeError) as error:
-        raise RedirectNotAllowed(f"{url.host} redirects to what is no URL.") from error
+        raise RedirectNotAllowed(
+            f"{url.host} redirects to what is no URL.", "Name the address where the redirects end."
+        ) from error
     if target.scheme != url.scheme:
         raise RedirectNotAllowed(
             f"{url.host} redirects from {url.scheme}: to {target.scheme}:.",

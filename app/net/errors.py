@@ -105,14 +105,14 @@ def named(error: Exception, host: str) -> NetError:
     """The condition behind an error of the HTTP client."""
     if isinstance(error, NetError):
         return error
+    if isinstance(error, TimeoutError | httpx2.TimeoutException):
+        return TimedOut(f"{host} has not answered in time.", "Is the host up, and fast enough?")
     if problem := _tls_problem(error):
         return TlsFailed(
             f"The connection to {host} cannot be trusted: {problem}.",
             "The host needs a certificate for its name, from an authority that is known here "
             "(SSL_CERT_FILE).",
         )
-    if isinstance(error, TimeoutError | httpx2.TimeoutException):
-        return TimedOut(f"{host} has not answered in time.", "Is the host up, and fast enough?")
     return ConnectionFailed(
         f"The connection to {host} has failed ({type(error).__name__}).", "Is the host up?"
     )

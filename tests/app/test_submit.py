@@ -221,7 +221,7 @@ class TestRefusedDatasets:
         self.check(service, uri, "uri_malformed", "file:folder/rows.jsonl")
 
     @pytest.mark.parametrize(
-        "uri", ["s3://bucket/rows", "https://host/rows", "rows.jsonl", "FILE:a", "/etc/passwd"]
+        "uri", ["ftp://host/rows", "zip://a::https://b", "rows.jsonl", "FILE:a", "/etc/passwd"]
     )
     def test_another_scheme(self, service: Service, uri: str) -> None:
         self.check(service, uri, "uri_scheme_unsupported", "file:, dataset:", "POST /datasets")

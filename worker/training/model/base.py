@@ -34,6 +34,7 @@ def load_tokenizer(base: BaseModel) -> PreTrainedTokenizerBase:
     Raises:
         BaseModelUnavailable: If the folder holds none that can be loaded.
     """
+    check_plain(base)
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             base.path, local_files_only=True, trust_remote_code=False
