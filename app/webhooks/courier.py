@@ -171,16 +171,15 @@ class Courier:
 
 def ready() -> Select[str, str]:
     """Due and in nobody's hands, the first of its job; of each host the oldest, hosts in turn."""
-    first = func.row_number().over(partition_by=Row.job_id, order_by=Row.seq)
-    due = (
-        select(Row.id, Row.host, Row.due_at, Row.leased_until, first.label("first"))
-        .where(Row.due_at <= now())
-        .subquery()
-    )
-    place = func.row_number().over(partition_by=due.c.host, order_by=due.c.due_at)
+    columns = (Row.id, Row.job_id, Row.seq, Row.host, Row.due_at, Row.leased_until)
+    # Materialized: else SQLite reads the whole table in the order of the window that follows.
+    due = select(*columns).where(Row.due_at <= now()).cte("due").prefix_with("MATERIALIZED")
+    turn = func.row_number().over(partition_by=due.c.job_id, order_by=due.c.seq)
+    in_turn = select(due, turn.label("turn")).subquery()
+    place = func.row_number().over(partition_by=in_turn.c.host, order_by=in_turn.c.due_at)
     free = (
-        select(due.c.id, due.c.host, due.c.due_at, place.label("place"))
-        .where(due.c.first == 1, _is_free(due.c.leased_until))
+        select(in_turn.c.id, in_turn.c.host, in_turn.c.due_at, place.label("place"))
+        .where(in_turn.c.turn == 1, _is_free(in_turn.c.leased_until))
         .subquery()
     )
     return (
