@@ -42,11 +42,12 @@ Answer = tuple[int, bytes, dict[str, str]]
 @dataclass
 class Receiver:
     port: int
+    host: str = "127.0.0.1"
     messages: list[Message] = field(default_factory=list)
     answer: Callable[[Message], Answer] = lambda _: (204, b"", {})
 
     def url(self, path: str = "/hook") -> str:
-        return f"http://127.0.0.1:{self.port}{path}"
+        return f"http://{self.host}:{self.port}{path}"
 
     def answers(self, status: int, body: bytes = b"", **headers: str) -> None:
         given = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -62,7 +63,7 @@ class Receiver:
 
 
 @contextmanager
-def receiving(port: int = 0) -> Iterator[Receiver]:
+def receiving(host: str = "127.0.0.1") -> Iterator[Receiver]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -91,8 +92,8 @@ def receiving(port: int = 0) -> Iterator[Receiver]:
         def handle_error(self, *_: Any) -> None:
             """Clients go away as they like."""
 
-    server = Server(("127.0.0.1", port), Handler)
-    receiver = Receiver(server.server_port)
+    server = Server((host, 0), Handler)
+    receiver = Receiver(server.server_port, host)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
