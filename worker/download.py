@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 WEIGHTS = "*.safetensors"
 # What else a base model needs, and nothing that could run code: no pickles, no scripts.
 DESCRIPTION = ["*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges*"]
+NEVER = ["*.py", "*.so", "*.pkl", "*.pickle", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.joblib"]
 
 
 def download_model(name: str, revision: str | None, *, with_weights: bool) -> Path:
@@ -31,7 +32,10 @@ def download_model(name: str, revision: str | None, *, with_weights: bool) -> Pa
     """
     patterns = [*DESCRIPTION, *([WEIGHTS] if with_weights else [])]
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
+        found = snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=NEVER
+        )
+        return Path(found)
     except GatedRepoError as error:
         raise BaseModelUnavailable(
             f"The hub wants an access token for {name}.", "Set HF_TOKEN for the worker."

@@ -112,6 +112,7 @@ def main() -> int:
     task, folder, descriptor, *arguments = sys.argv[1:]
     place = f"rank {os.environ['RANK']} " if task == "rank" else ""
     logging.basicConfig(level=logging.INFO, format=f"%(asctime)s {place}%(levelname)s %(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # else it tells every URL, signed or not
     failures = reporter = PipeReporter(int(descriptor))
     if task == "rank":  # the others' say counts too
         failures = PipeReporter(int(os.environ[FAILURE_DESCRIPTOR]))
@@ -143,31 +144,35 @@ def explain(error: Exception) -> JobError:
 def _download(
     _folder: Path,
     reporter: PipeReporter,
-    _control: Signals,
+    control: Signals,
     name: str,
     revision: str,
     what: str,
 ) -> None:
+    _die_at_once(control)  # what has come stays in the cache
+
     from worker.download import download_model
 
-    _die_at_once()  # what has come stays in the cache
     path = download_model(name, revision or None, with_weights=what == "all")
     reporter.result({"path": str(path)})
 
 
-def _fetch(_folder: Path, reporter: PipeReporter, _control: Signals, order: str) -> None:
+def _fetch(_folder: Path, reporter: PipeReporter, control: Signals, order: str) -> None:
+    _die_at_once(control)
+
     from worker.remote import Order, bring, watch_the_clock
 
-    _die_at_once()
     ordered = Order.read(Path(order))
     watch_the_clock(ordered, reporter)
     reporter.result(asdict(bring(ordered)))
 
 
-def _die_at_once() -> None:
-    """Nobody waits for half a download."""
+def _die_at_once(control: Signals) -> None:
+    """From now on, or now: nobody waits for half a download."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    if wish := control.wish():
+        raise Stopped(wish)
 
 
 def _train(folder: Path, reporter: PipeReporter, control: Signals) -> None:

@@ -15,8 +15,8 @@ from urllib.parse import unquote
 
 import httpx2
 
-from app.datasets.uploads import MAX_FILENAME_BYTES, disposition_filename
-from app.datasets.uploads import SUFFIXES as MEDIA_SUFFIXES
+from app.datasets.names import MAX_FILENAME_BYTES, disposition_filename
+from app.datasets.names import SUFFIXES as MEDIA_SUFFIXES
 from app.net.client import PublicClient, chunks_of
 from app.net.errors import AnswerRefused, ConnectionFailed, NetError
 from app.net.rules import Rules

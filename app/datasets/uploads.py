@@ -7,33 +7,17 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
-from email.message import Message
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from app.datasets.names import MAX_FILENAME_BYTES
+from app.datasets.names import SUFFIXES as SUFFIXES
+from app.datasets.names import disposition_filename as disposition_filename
 from app.errors import InvalidRequest, TooLarge, UnsupportedMediaType
 from app.faults import Fault
 from app.settings import Settings
 from app.storage import ArtifactStore, make_private
 
-MAX_FILENAME_BYTES = 200
 BROKEN_SECONDS = 24 * 3600
-
-# The suffix tells the trainer the format; where a name has none, the media type gives it.
-SUFFIXES = {
-    "application/x-ndjson": ".jsonl",
-    "application/jsonl": ".jsonl",
-    "application/x-jsonlines": ".jsonl",
-    "application/json": ".json",
-    "text/csv": ".csv",
-    "text/tab-separated-values": ".tsv",
-    "application/vnd.apache.parquet": ".parquet",
-    "application/parquet": ".parquet",
-    "application/octet-stream": "",
-    "application/gzip": "",
-    "application/x-gzip": "",
-    "application/zstd": "",
-    "text/plain": "",
-}
 
 
 @dataclass(frozen=True)
@@ -94,15 +78,6 @@ def media_type(content_type: str) -> str:
             "-F file=@rows.jsonl.",
         )
     return found
-
-
-def disposition_filename(header: str) -> str:
-    """The file name in a Content-Disposition header (RFC 6266), if there is one."""
-    message = Message()
-    message["Content-Disposition"] = header
-    with suppress(ValueError):  # a charset that does not hold these bytes
-        return message.get_filename("")
-    return ""
 
 
 def safe_filename(name: str, media_type: str) -> str:

@@ -220,7 +220,8 @@ class JobCreate(Body):
         description="A hub id, or file: and a folder below a configured root."
     )
     dataset_uri: Annotated[str, Field(min_length=1, max_length=4096)] = Field(
-        description="file: below a configured root, or dataset: and the id of an upload."
+        description="file: below a configured root, dataset: and the id of an upload, https: at a "
+        "public address, s3:, gs: or az: in a listed bucket, or hf://datasets/… of the hub."
     )
     rank: Rank = Field(16, description="LoRA rank.")
     sigma: Annotated[float, Field(ge=0, le=MAX_SIGMA)] = Field(

@@ -5,6 +5,7 @@ connect on our behalf to what was never checked. Nothing is decompressed.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from app.net.backends import AsyncPublicBackend, Deadline, PublicBackend
 from app.net.errors import NetError, RedirectNotAllowed, named
 from app.net.rules import Rules
 from app.net.urls import check_url
+
+logging.getLogger("httpx2").setLevel(logging.WARNING)  # else it tells every URL, signed or not
 
 MAX_REDIRECTS = 3
 CONNECT_SECONDS, SILENCE_SECONDS = 10.0, 30.0

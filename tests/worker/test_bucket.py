@@ -2,14 +2,14 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import obstore
 import pytest
 
-from app.objects import connect
+from app.objects import RETRIES, connect
 from tests.s3 import S3Server
 from tests.worker.ordering import ROWS, order_of
-from worker import bucket
 from worker.bucket import bring_object
 from worker.remote import Order
 from worker.training.errors import DatasetUnavailable
@@ -17,11 +17,11 @@ from worker.training.errors import DatasetUnavailable
 BUCKETS = "s3://flatlora,s3://no-such-bucket"
 
 
-def order(uri: str, folder: Path, **settings: object) -> Order:
+def order(uri: str, folder: Path, **settings: Any) -> Order:
     return order_of(uri, folder, dataset_buckets=BUCKETS, **settings)
 
 
-def why(uri: str, folder: Path, **settings: object) -> str:
+def why(uri: str, folder: Path, **settings: Any) -> str:
     with pytest.raises(DatasetUnavailable) as caught:
         bring_object(order(uri, folder, **settings))
     assert caught.value.hint
@@ -56,7 +56,7 @@ def test_a_store_that_cannot_be_reached_is_told_without_its_address(
     s3_url: str, s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setitem(bucket.connect.__globals__["RETRIES"], "max_retries", 0)
+    monkeypatch.setitem(RETRIES, "max_retries", 0)
     told = why("s3://flatlora/a.jsonl", tmp_path)
     assert "cannot fetch s3://flatlora/a.jsonl" in told
     assert "127.0.0.1" not in told

@@ -13,13 +13,14 @@ from sqlalchemy.orm import Session
 
 from app.db import now
 from app.settings import Settings
-from app.storage import ArtifactStore
+from app.storage import ArtifactStore, sha256_of
 from app.tables import DatasetRow
 from tests.app.service import make_model
 from tests.worker.jobs import add_job, change, claimed, make_spec, row
 from worker.claims import Claims, Lease, LeaseLost
 from worker.fetch import Fetcher
 from worker.inputs import pinned, read_job
+from worker.remote import Arrived, Order
 from worker.training.config import TrainingJob
 from worker.training.errors import BaseModelUnavailable, DatasetUnavailable
 
@@ -41,6 +42,15 @@ class Hub:
         path = self.folder / (revision if revision in COMMITS else self.main)
         path.mkdir(parents=True, exist_ok=True)
         return path
+
+    def bring(self, order: Order) -> Arrived:
+        """A dataset, whose rows are those of its commit."""
+        assert order.task == "hub"
+        revision = order.parts["revision"]
+        self.asked.append((order.parts["repo"], revision))
+        commit = revision if revision in COMMITS else self.main
+        Path(order.target).write_bytes(commit.encode())
+        return Arrived("rows.jsonl", sha256_of(Path(order.target)), commit)
 
 
 @dataclass
@@ -170,6 +180,31 @@ class TestAnotherMachine:
         second = cluster.machine("b").attempt()
         assert read(second) == read(first)
         assert second.dataset.filename == "rows.jsonl"
+
+    def test_a_branch_of_the_hub_may_have_moved(self, cluster: Cluster) -> None:
+        uri = "hf://datasets/org/rows@main/rows.jsonl"
+        job_id = add_job(cluster.engine, spec=make_spec(dataset_uri=uri, base_model="file:model"))
+        make_model(cluster.rows / "model")
+        first = cluster.machine("a").attempt()
+        assert first.dataset.revision == COMMITS[0]
+        inputs = row(cluster.engine, job_id).inputs
+        assert inputs is not None
+        assert inputs["dataset"]["revision"] == COMMITS[0]
+        cluster.hub.main = COMMITS[1]
+        second = cluster.machine("b").attempt()
+        assert read(second) == read(first)
+        assert second.dataset.revision == COMMITS[0]
+        assert read(second)["bytes"] == [COMMITS[0].encode()]
+        assert cluster.hub.asked == [("org/rows", "main")]
+
+    def test_inputs_without_a_commit_are_those_that_workers_of_0_1_read(
+        self, cluster: Cluster
+    ) -> None:
+        job_id = cluster.submit()
+        cluster.machine("a").attempt()
+        inputs = row(cluster.engine, job_id).inputs
+        assert inputs is not None
+        assert inputs["dataset"].keys() == {"uri", "filename", "sha256"}
 
     @pytest.mark.parametrize("damage", ["changed", "gone"])
     def test_what_the_store_has_lost_is_told_to_the_author(

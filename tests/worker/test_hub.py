@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants, file_download, hf_hub_download
@@ -34,7 +35,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield hub
 
 
-def why(uri: str, folder: Path, **settings: object) -> str:
+def why(uri: str, folder: Path, **settings: Any) -> str:
     with pytest.raises(DatasetUnavailable) as caught:
         bring_hub_file(order_of(uri, folder, **settings))
     assert caught.value.hint
@@ -54,6 +55,8 @@ def test_it_is_pinned_to_a_commit(
     assert (arrived.filename, arrived.revision) == ("rows.jsonl", commit)
     assert arrived.sha256 == hashlib.sha256(rows).hexdigest()
     assert (tmp_path / "train").read_bytes() == rows
+    paths = {path.rpartition("/resolve/")[2].partition("/")[2] for path, _ in hub.site.asked}
+    assert paths == {"data/rows.jsonl"}  # no script, no list of what else there is
     assert [path.name for path in tmp_path.iterdir()] == ["train"]
 
 
@@ -105,3 +108,20 @@ def test_offline_it_comes_from_the_cache(
     arrived = bring_hub_file(order_of(uri, tmp_path))
     assert (arrived.revision, arrived.filename) == (COMMITS[0], "rows.jsonl")
     assert (tmp_path / "train").read_bytes() == ROWS
+
+
+def test_of_a_model_nothing_is_fetched_that_runs_or_unpickles() -> None:
+    from huggingface_hub.utils._paths import filter_repo_objects
+
+    from worker.download import DESCRIPTION, NEVER, WEIGHTS
+
+    wanted = ["config.json", "tokenizer.json", "tokenizer.model", "merges.txt", "vocab.txt",
+              "chat_template.jinja", "model-00001-of-00002.safetensors",
+              "model.safetensors.index.json"]  # fmt: skip
+    unwanted = ["modeling_evil.py", "tokenizer.py", "tokenizer/evil.py", "vocab.pkl", "merges.bin",
+                "pytorch_model.bin", "training_args.bin", "optimizer.pt", "model.ckpt",
+                "vocab.joblib", "tokenizer.so"]  # fmt: skip
+    found = filter_repo_objects(
+        [*wanted, *unwanted], allow_patterns=[*DESCRIPTION, WEIGHTS], ignore_patterns=NEVER
+    )
+    assert list(found) == wanted

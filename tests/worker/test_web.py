@@ -2,8 +2,8 @@
 
 import hashlib
 from http.server import BaseHTTPRequestHandler
-from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +48,15 @@ def cut_off(*breaks: int, etag: str = ETAG, ranges: bool = True) -> Answer:
     return answer
 
 
+def in_turn(*answers: Answer) -> Answer:
+    left = list(answers)
+
+    def answer(handler: BaseHTTPRequestHandler) -> None:
+        left.pop(0)(handler)
+
+    return answer
+
+
 class TestArrived:
     def test_with_its_hash_and_its_name(self, site: Site, tmp_path: Path) -> None:
         site.routes["/data/rows.jsonl"] = give(ROWS)
@@ -88,7 +97,7 @@ class TestArrived:
         ],
     )
     def test_with_a_name_that_tells_the_format(
-        self, site: Site, tmp_path: Path, path: str, headers: dict[str, str], expected: str
+        self, site: Site, tmp_path: Path, path: str, headers: dict[str, Any], expected: str
     ) -> None:
         site.routes[path] = give(ROWS, **headers)
         assert bring_url(order_of(site.url(path), tmp_path, site)).filename == expected
@@ -122,8 +131,7 @@ class TestBroken:
 
     def test_it_begins_anew_where_the_file_has_changed(self, site: Site, tmp_path: Path) -> None:
         first, second = cut_off(10_000, etag='"old"'), cut_off(etag=ETAG)
-        turn = count()
-        site.routes["/rows.jsonl"] = lambda handler: (first, second)[next(turn) > 0](handler)
+        site.routes["/rows.jsonl"] = in_turn(first, second)
         assert bring_url(order_of(site.url("/rows.jsonl"), tmp_path, site)).sha256 == SHA256
         assert site.asked[1][1]["if-range"] == '"old"'
 
@@ -131,18 +139,17 @@ class TestBroken:
     def test_another_part_than_asked_for_is_not_taken(
         self, site: Site, tmp_path: Path, wrong: str
     ) -> None:
-        answers = [
-            cut_off(10_000), give(b"x" * 10, 206, Content_Range=wrong, ETag=ETAG), give(ROWS),
-        ]  # fmt: skip
-        site.routes["/rows.jsonl"] = lambda handler: answers.pop(0)(handler)
+        site.routes["/rows.jsonl"] = in_turn(
+            cut_off(10_000), give(b"x" * 10, 206, Content_Range=wrong, ETag=ETAG), give(ROWS)
+        )
         assert bring_url(order_of(site.url("/rows.jsonl"), tmp_path, site)).sha256 == SHA256
 
     @pytest.mark.parametrize("status", [500, 502, 503, 429])
     def test_a_server_in_trouble_is_asked_again(
         self, site: Site, tmp_path: Path, status: int
     ) -> None:
-        answers = [give(b"", status), give(b"", status), give(b"", status), give(ROWS)]
-        site.routes["/rows.jsonl"] = lambda handler: answers.pop(0)(handler)
+        trouble = give(b"", status)
+        site.routes["/rows.jsonl"] = in_turn(trouble, trouble, trouble, give(ROWS))
         assert bring_url(order_of(site.url("/rows.jsonl"), tmp_path, site)).sha256 == SHA256
 
     def test_but_not_for_ever(self, site: Site, tmp_path: Path) -> None:
@@ -153,7 +160,7 @@ class TestBroken:
 
 
 class TestRefused:
-    def why(self, site: Site, folder: Path, url: str, **settings: object) -> str:
+    def why(self, site: Site, folder: Path, url: str, **settings: Any) -> str:
         with pytest.raises(DatasetUnavailable) as caught:
             bring_url(order_of(url, folder, site, **settings))
         assert caught.value.hint

@@ -1,5 +1,6 @@
 """A run that is stopped, killed or robbed of a checkpoint makes the adapter of an unbroken one."""
 
+import json
 import random
 import secrets
 import shutil
@@ -9,11 +10,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
+from tests.worker.training.canary import pickled
 from tests.worker.training.conftest import MARKED, Recorder, folder_bytes, make_tokenizer
 from tests.worker.training.killing import describe, kill_at_random
+from worker.training.checkpoints import MANIFEST
 from worker.training.config import TrainingJob
 from worker.training.errors import Stopped
+from worker.training.files import sha256_of
 from worker.training.run import run
 
 Make = Callable[..., TrainingJob]
@@ -164,3 +169,19 @@ class TestCheckpoints:
         finish(job, tmp_path)
         suffixes = {path.suffix for path in (tmp_path / "checkpoints").rglob("*.*")}
         assert suffixes == {".safetensors", ".json"}
+
+    @pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.safetensors"])
+    def test_nor_is_a_pickle_opened_that_somebody_has_put_there(
+        self, job: TrainingJob, tmp_path: Path, name: str
+    ) -> None:
+        stop_after(job, tmp_path, 5)
+        canary = tmp_path / "canary"
+        (folder,) = (tmp_path / "checkpoints").glob("ckpt-*5")
+        for beside in ("optimizer.pt", "rng_state.pth", "training_args.bin"):
+            (folder / beside).write_bytes(pickled(canary))
+        (folder / name).write_bytes(pickled(canary))
+        files = [path for path in folder.iterdir() if path.name != MANIFEST]
+        (folder / MANIFEST).write_text(json.dumps({p.name: sha256_of(p) for p in files}))
+        with pytest.raises(SafetensorError):
+            finish(job, tmp_path)
+        assert not canary.exists()

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from tests.worker.training.canary import pickled
 from tests.worker.training.data.measured import Measured
 from worker.training.config import Data, DataFile
 from worker.training.data.dataset import read
@@ -228,6 +229,34 @@ def test_a_hostile_file_is_a_bad_dataset(
     assert len(caught.value.message) < 3000
     assert time.monotonic() - begin < MAX_SECONDS
     assert measured.usage().peak_bytes < MAX_BYTES
+
+
+@pytest.mark.parametrize(
+    "name", ["rows.pkl", "rows.bin", "rows.pt", "rows.npy", "rows.jsonl", "rows.json", "rows.csv",
+             "rows.parquet", "rows", "rows.jsonl.gz"]
+)  # fmt: skip
+def test_a_pickle_is_a_bad_dataset_and_is_not_opened(tmp_path: Path, name: str) -> None:
+    canary = tmp_path / "canary"
+    body = pickled(canary)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(body) if name.endswith(".gz") else body)
+    with pytest.raises(DatasetInvalid):
+        read(DataFile(f"file:{name}", path, name, ""), Data())
+    assert not canary.exists()
+
+
+def test_a_pickle_that_a_parquet_file_names_as_a_type_is_not_opened(tmp_path: Path) -> None:
+    """pyarrow did so before 14."""
+    canary, path = tmp_path / "canary", tmp_path / "rows.parquet"
+    extension = {
+        b"ARROW:extension:name": b"arrow.py_extension_type",
+        b"ARROW:extension:metadata": pickled(canary),
+    }
+    fields = [pa.field(n, pa.string(), metadata=extension) for n in ("prompt", "completion")]
+    pq.write_table(pa.table([["a"], ["b"]], schema=pa.schema(fields)), path)
+    with parse(DataFile("file:rows.parquet", path, path.name, ""), Data()) as found:
+        assert sum(1 for _ in found.rows()) == 1
+    assert not canary.exists()
 
 
 def test_text_that_shrinks_a_lot_is_no_bomb(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from tests.worker.training.canary import pickled
 from tests.worker.training.result.finished import finish, reseal
 from worker.training.config import TrainingJob
 from worker.training.errors import PublishFailed
@@ -194,3 +195,16 @@ class TestCompare:
             compare(found, base, base, 0.05)
         with pytest.raises(PublishFailed, match="logits differ by"):
             compare(base, found, base, 0.05)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "adapter_model.bin"])
+def test_a_pickle_in_place_of_the_weights_is_not_opened(
+    job: TrainingJob, adapter: Path, tmp_path: Path, name: str
+) -> None:
+    canary = tmp_path / "canary"
+    (adapter / WEIGHTS).unlink()
+    (adapter / name).write_bytes(pickled(canary))
+    reseal(adapter)
+    with pytest.raises(PublishFailed):
+        verify(job, adapter.parent)
+    assert not canary.exists()
