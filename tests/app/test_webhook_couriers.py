@@ -228,9 +228,7 @@ class TestScan:
         while notices.make():
             turns += 1
         with Session(engine) as session:
-            seqs = session.scalars(
-                text("SELECT seq FROM webhook_deliveries ORDER BY seq")  # type: ignore[arg-type] # of one column
-            ).all()
+            seqs = session.scalars(text("SELECT seq FROM webhook_deliveries ORDER BY seq")).all()
             assert session.get_one(JobRow, job_id).webhook_seq is None
         assert seqs == [seq for seq, type_ in enumerate(types, 1) if type_ in TOLD]
         assert turns == 2

@@ -23,7 +23,7 @@ from app.webhooks.secrets import make_secret, signed
 from tests.app.hooked import Hooked, hook_settings, hooked
 from tests.app.receiver import Message, Receiver, receiving
 from tests.app.scraping import scrape
-from tests.app.service import ok
+from tests.app.service import Json, ok
 from tests.system.service import until
 
 
@@ -277,7 +277,7 @@ class TestNobodyListens:
     def test_the_waits_grow_and_end_after_a_day(self) -> None:
         moment = begun = datetime.now(UTC)
         end = begun + timedelta(seconds=GIVE_UP_SECONDS)
-        waits = []
+        waits: list[float] = []
         while due := next_attempt(len(waits) + 1, moment, end):
             waits.append((due - moment).total_seconds())
             moment = due
@@ -394,11 +394,11 @@ def test_the_log_comes_in_pages(hook: Hooked) -> None:
     job_id = hook.submit()
     hook.happen(job_id, *["job.checkpoint"] * 5)
     hook.settled(job_id, 5)
-    path, seen, after = f"/jobs/{job_id}/deliveries", [], 0
-    while after is not None:
-        page = hook.service.get(path, after=after, limit=2)
+    seen: list[int] = []
+    page: Json = {"next": 0}
+    while page["next"] is not None:
+        page = hook.service.get(f"/jobs/{job_id}/deliveries", after=page["next"], limit=2)
         seen += [one["event"]["seq"] for one in page["items"]]
-        after = page["next"]
     assert seen == [2, 3, 4, 5, 6]
     missing = hook.service.http.get("/jobs/job_" + "0" * 32 + "/deliveries")
     assert ok(missing, 404)["code"] == "job_not_found"
