@@ -11,7 +11,7 @@ from sqlalchemy import Connection, case, func, or_, select
 
 from app.db import now
 from app.jobs.states import Status
-from app.tables import JobRow, OutboxRow, WorkerRow
+from app.tables import JobRow, OutboxRow, WebhookDeliveryRow, WorkerRow
 
 SILENT_SECONDS = 30  # six heartbeats of a worker's row
 HELD = [status for status in Status if status.is_held]
@@ -40,6 +40,11 @@ class Census:
     outbox_lag_seconds: float
     """For how long the oldest wake-up has been due; 0 where none is."""
     workers: Mapping[str, WorkerSeen]
+    webhooks_pending: int
+    webhook_oldest_seconds: float
+    """How long ago the oldest that has not arrived was made; 0 where there is none."""
+    webhook_lag_seconds: float
+    """For how long the oldest attempt has been due; 0 where none is."""
 
     @property
     def held(self) -> int:
@@ -66,6 +71,13 @@ def take_census(connection: Connection) -> Census:
     due = connection.execute(
         select(func.count(), func.min(OutboxRow.due_at)).where(OutboxRow.due_at <= now())
     ).one()
+    webhooks = connection.execute(
+        select(
+            func.count(),
+            func.min(WebhookDeliveryRow.created_at),
+            func.min(WebhookDeliveryRow.due_at),
+        ).where(WebhookDeliveryRow.due_at.is_not(None))
+    ).one()
     workers = select(
         WorkerRow.name, WorkerRow.state, WorkerRow.version, WorkerRow.slots, WorkerRow.heartbeat_at
     ).order_by(WorkerRow.name)
@@ -80,6 +92,9 @@ def take_census(connection: Connection) -> Census:
             )
             for row in connection.execute(workers)
         },
+        webhooks_pending=webhooks[0],
+        webhook_oldest_seconds=_seconds(webhooks[1], moment),
+        webhook_lag_seconds=_seconds(webhooks[2], moment),
     )
 
 

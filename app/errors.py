@@ -9,11 +9,13 @@
     │   ├── JobNotFound                   job_not_found
     │   ├── DatasetNotFound               dataset_not_found
     │   ├── KeyNotFound                   key_not_found
+    │   ├── DeliveryNotFound              delivery_not_found
     │   └── FileNotInAdapter              file_not_in_adapter
     ├── MethodNotAllowed             405  method_not_allowed
     ├── Conflict                     409
     │   ├── IllegalTransition             illegal_transition
-    │   └── AdapterNotReady               adapter_not_ready
+    │   ├── AdapterNotReady               adapter_not_ready
+    │   └── WebhookSecretUnreadable       webhook_secret_unreadable
     ├── TooLarge                     413  too_large
     ├── UnsupportedMediaType         415  unsupported_media_type
     ├── RangeNotSatisfiable          416  range_not_satisfiable
@@ -151,6 +153,16 @@ class KeyNotFound(NotFound):
         super().__init__(f"There is no key {key_id!r}.", "List the keys with GET /keys.")
 
 
+class DeliveryNotFound(NotFound):
+    code = "delivery_not_found"
+
+    def __init__(self, delivery_id: str) -> None:
+        super().__init__(
+            f"There is no delivery {delivery_id!r}.",
+            "List a job's deliveries with GET /jobs/{id}/deliveries.",
+        )
+
+
 class FileNotInAdapter(NotFound):
     code = "file_not_in_adapter"
 
@@ -171,6 +183,17 @@ class IllegalTransition(Conflict):
 
 class AdapterNotReady(Conflict):
     code = "adapter_not_ready"
+
+
+class WebhookSecretUnreadable(Conflict):
+    code = "webhook_secret_unreadable"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"The project's webhook secret cannot be read: {reason}.",
+            "Set the FLATLORA_SECRET_KEY that it was sealed with, or rotate the secret with "
+            "POST /webhooks/secret.",
+        )
 
 
 class TooLarge(ServiceError):

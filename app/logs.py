@@ -160,8 +160,9 @@ def _renderer(log_format: str) -> Any:
 
 
 def _secrets_of(settings: Settings) -> Iterable[str | None]:
-    if settings.api_key:
-        yield settings.api_key.get_secret_value()
+    for secret in (settings.api_key, settings.secret_key):
+        if secret:
+            yield secret.get_secret_value()
     for url in (settings.database_url, settings.broker_url, settings.store_url):
         with_password = _password(url)
         yield with_password

@@ -28,6 +28,8 @@ from app.periodic import Periodic
 from app.settings import Settings, get_settings
 from app.storage import ArtifactStore, open_store
 from app.tracing import configure_tracing, flush, telemetry
+from app.webhooks import endpoints as webhooks
+from app.webhooks.courier import delivering
 from app.workers import endpoints as workers
 
 DESCRIPTION = """
@@ -44,6 +46,8 @@ class State(TypedDict):
     authenticator: Authenticator
     wakes: Periodic | None
     """Sends wake-ups to the workers of a cluster."""
+    deliveries: Periodic
+    """Sends webhooks."""
     broker: BrokerHealth
     metrics: metrics.Metrics
 
@@ -80,10 +84,14 @@ def create_app(settings: Settings) -> FastAPI:
         store = open_store(settings)
         forget_broken(settings.uploads_dir)
         try:
-            with relaying as wakes:
+            with (
+                relaying as wakes,
+                delivering(settings, numbers.webhook_attempted) as deliveries,
+            ):
                 yield State(
                     settings=settings, database=database, store=store,
-                    authenticator=authenticator, wakes=wakes, broker=broker, metrics=numbers,
+                    authenticator=authenticator, wakes=wakes, deliveries=deliveries,
+                    broker=broker, metrics=numbers,
                 )  # fmt: skip
         finally:
             await authenticator.close()
@@ -104,7 +112,7 @@ def create_app(settings: Settings) -> FastAPI:
     install_error_handlers(app)
     app.include_router(health.router)
     app.include_router(metrics.router)
-    for routes in (jobs, adapters, datasets, models, workers, keys, audit):
+    for routes in (jobs, adapters, datasets, models, workers, webhooks, keys, audit):
         app.include_router(routes.router, dependencies=[Depends(require_access)])
     app.add_middleware(
         BodyLimit, bytes=settings.max_body_bytes, upload_bytes=settings.max_upload_bytes

@@ -10,11 +10,13 @@ import platform
 import shutil
 from collections.abc import Iterator
 from functools import partial
+from typing import get_args
 
 import structlog
 from fastapi import APIRouter, Request, Response
 from prometheus_client import (
     CollectorRegistry,
+    Counter,
     Histogram,
     ProcessCollector,
     disable_created_metrics,
@@ -30,6 +32,7 @@ from app.census import Census, take_census
 from app.db import Database
 from app.probe import Probe
 from app.settings import Settings
+from app.webhooks.sending import Kind
 
 log = structlog.get_logger()
 router = APIRouter()
@@ -38,6 +41,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 # Long-polls and the starts of large downloads included.
 REQUEST_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+WEBHOOK_OUTCOMES = get_args(Kind)
 METHODS = {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"}
 
 
@@ -75,6 +79,14 @@ class Metrics(Collector):
             buckets=REQUEST_BUCKETS,
             registry=self.registry,
         )
+        self._webhooks = Counter(
+            "flatlora_webhook_attempts_total",
+            "Attempts to deliver a webhook, by what came of them.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        for outcome in WEBHOOK_OUTCOMES:
+            self._webhooks.labels(outcome)
         self.registry.register(Machine(settings))
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
@@ -82,6 +94,9 @@ class Metrics(Collector):
     def request_answered(self, method: str, route: str, status: int, seconds: float) -> None:
         known = method if method in METHODS else "OTHER"
         self._requests.labels(known, route, str(status)).observe(seconds)
+
+    def webhook_attempted(self, outcome: str) -> None:
+        self._webhooks.labels(outcome).inc()
 
     def read_from(self, database: Database) -> None:
         self._database = Probe(partial(_read, database))
@@ -100,6 +115,7 @@ class Metrics(Collector):
             yield gauge("flatlora_broker_up", "1 if the broker answers.", is_up)
         if self._census:
             yield from _of_queue(self._census)
+            yield from _of_webhooks(self._census)
             if self._settings.is_cluster:
                 yield from _of_cluster(self._census)
 
@@ -122,6 +138,24 @@ def _of_queue(census: Census) -> Iterator[Metric]:
         "flatlora_oldest_queued_seconds",
         "How long the job has waited that could have started first; 0 if none waits.",
         census.oldest_queued_seconds,
+    )
+
+
+def _of_webhooks(census: Census) -> Iterator[Metric]:
+    yield gauge(
+        "flatlora_webhooks_pending",
+        "Webhooks that have not arrived, and are not given up.",
+        census.webhooks_pending,
+    )
+    yield gauge(
+        "flatlora_webhook_oldest_pending_seconds",
+        "How long ago the oldest of them was made; 0 if there is none.",
+        census.webhook_oldest_seconds,
+    )
+    yield gauge(
+        "flatlora_webhook_lag_seconds",
+        "For how long the oldest attempt has been due; 0 if none is.",
+        census.webhook_lag_seconds,
     )
 
 

@@ -102,6 +102,10 @@ class Settings(BaseSettings):
     """Ports that these may be on beside 443, and 80 where ``http:`` is allowed."""
     allow_http: bool = False
     """``http:`` URLs are taken too: for private networks, as anybody in between reads them."""
+    webhook_seconds: PositiveFloat = 1
+    """How often events are looked for that webhooks are to be told."""
+    secret_key: Annotated[SecretStr, Field(min_length=32)] | None = None
+    """What the secrets of webhooks are sealed with in the database: a long random string."""
 
     max_body_bytes: PositiveInt = 1 << 20
     max_dataset_bytes: PositiveInt = 4 << 30

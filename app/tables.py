@@ -98,6 +98,12 @@ class JobRow(Owned, Table):
             postgresql_where=text("gpus > 1"),
             sqlite_where=text("gpus > 1"),
         ),
+        Index(
+            "ix_jobs_webhooks",
+            *("status", "fence", "webhook_seq", "id"),
+            postgresql_where=text("webhook_seq IS NOT NULL"),
+            sqlite_where=text("webhook_seq IS NOT NULL"),
+        ),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -142,6 +148,8 @@ class JobRow(Owned, Table):
     """Of the request that has submitted it."""
     traceparent: Mapped[str | None]
     """Its W3C trace context."""
+    webhook_seq: Mapped[int | None]
+    """Events up to this one have their deliveries; none: it has no webhook, or all have them."""
 
     step: Mapped[int] = mapped_column(default=0)
     total_steps: Mapped[int | None]
@@ -278,3 +286,57 @@ class AuditRow(Owned, Table):
     object: Mapped[str]
     """The id of what was changed."""
     request_id: Mapped[str]
+
+
+class WebhookDeliveryRow(Owned, Table):
+    """An event on its way to the webhook of its job, with what came of every attempt."""
+
+    __tablename__ = "webhook_deliveries"
+    __table_args__ = (
+        CheckConstraint("state IN ('pending', 'delivered', 'failed')", name="state"),
+        Index(
+            "ix_webhook_deliveries_due_at",
+            "due_at",
+            postgresql_where=text("due_at IS NOT NULL"),
+            sqlite_where=text("due_at IS NOT NULL"),
+        ),
+    )
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    seq: Mapped[int] = mapped_column(primary_key=True)
+    """Of the event."""
+    id: Mapped[str] = mapped_column(unique=True)
+    """The receiver sees it as ``webhook-id``, the same at every attempt."""
+    type: Mapped[str]
+    url: Mapped[str]
+    host: Mapped[str]
+    """With the port: who is slow or gone holds up nobody else."""
+    body: Mapped[str]
+    """JSON, as it is signed and sent."""
+    state: Mapped[str]
+    """``pending``, ``delivered`` or ``failed``."""
+    attempts: Mapped[list[dict[str, Any]]]
+    """``{at, seconds, status, error, excerpt}`` of each, the oldest first."""
+    tries: Mapped[int] = mapped_column(server_default="0")
+    """Attempts since it was made, or since somebody has asked for it again."""
+    due_at: Mapped[datetime | None]
+    """The next attempt; none once it is over."""
+    give_up_at: Mapped[datetime]
+    claims: Mapped[int] = mapped_column(server_default="0")
+    """Raised by every sender that takes it; one that comes back late writes nothing."""
+    leased_until: Mapped[datetime | None]
+    """A sender has it; if that one dies, another takes it then."""
+    created_at: Mapped[datetime]
+
+
+class WebhookSecretRow(Owned, Table):
+    """What the webhooks of a project are signed with. Sealed where FLATLORA_SECRET_KEY is set."""
+
+    __tablename__ = "webhook_secrets"
+
+    project: Mapped[str] = mapped_column(primary_key=True, server_default=DEFAULT_PROJECT)
+    secret: Mapped[str]
+    created_at: Mapped[datetime]
+    previous: Mapped[str | None]
+    previous_until: Mapped[datetime | None]
+    """Until then the one before signs too."""

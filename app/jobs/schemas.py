@@ -198,6 +198,7 @@ LATER_TRAINING = [
 ]  # fmt: skip
 LATER_EVALUATION = ["keep", "min_delta", "patience"]
 LATER_RESOURCES = ["gpus", "max_queue_time", "strategy"]
+LATER = ["priority", "webhook_url"]
 """Fields that 0.1 does not know, or knows with another default."""
 
 
@@ -242,6 +243,10 @@ class JobCreate(Body):
     resources: Resources = Resources()
     name: Annotated[str, Field(min_length=1, max_length=128)] | None = None
     labels: Annotated[dict[LabelName, Label], Field(max_length=16)] = Field(default_factory=dict)
+    webhook_url: Annotated[str, Field(min_length=1, max_length=2048)] | None = Field(
+        None,
+        description="https: told as the job begins, writes a checkpoint, pauses and ends.",
+    )
     dry_run: bool = Field(
         False, description="Stop, and succeed, after the preflight report on the data."
     )
@@ -267,7 +272,7 @@ class JobCreate(Body):
         """As the job's row keeps it: without what 0.1 does not know, where that says nothing."""
         spec = self.model_dump(mode="json")
         for group, model, names in (
-            (spec, JobCreate, ["priority"]),
+            (spec, JobCreate, LATER),
             (spec["training"], TrainingOptions, LATER_TRAINING),
             (spec["evaluation"], EvaluationOptions, LATER_EVALUATION),
             (spec["resources"], Resources, LATER_RESOURCES),

@@ -36,6 +36,8 @@ from app.jobs.schemas import (
     MetricSeries,
 )
 from app.jobs.states import Reason, Status
+from app.net.rules import Rules
+from app.net.urls import check_url
 from app.settings import Settings
 from app.tables import JobRow
 from app.tracing import inject
@@ -178,6 +180,11 @@ class JobService:
                 check_dataset_uri(uri, self._settings)
             except UriError as error:
                 faults.append(_fault(pointer, error))
+        if spec.webhook_url:
+            try:
+                check_url(spec.webhook_url, Rules.of(self._settings))
+            except UriError as error:
+                faults.append(_fault("/webhook_url", error))
         return faults
 
     def _check_base_model(self, spec: JobCreate) -> None:
@@ -226,7 +233,13 @@ def _new_row(spec: JobCreate) -> dict[str, Any]:
         "priority": spec.priority,
         "gpus": 1 if spec.dry_run else spec.resources.gpus,
         "waits": spec.resources.max_queue_time,
+        "webhook_seq": 0 if spec.webhook_url else None,
     }
+
+
+def summary(row: JobRow, queue_position: int | None = None) -> JobSummary:
+    """A job without its report, which need not be loaded."""
+    return JobSummary(**_summary(row, queue_position))
 
 
 def _summary(row: JobRow, queue_position: int | None) -> dict[str, Any]:

@@ -23,6 +23,7 @@ logging.getLogger("httpx2").setLevel(logging.WARNING)  # else it tells every URL
 
 MAX_REDIRECTS = 3
 CONNECT_SECONDS, SILENCE_SECONDS = 10.0, 30.0
+KEEP_SECONDS = 5.0  # of a connection that is not used: names move
 HEADERS = {"User-Agent": "flatlora", "Accept": "*/*", "Accept-Encoding": "identity"}
 TIMEOUT = httpx2.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
 
@@ -42,7 +43,10 @@ class _Transport(httpx2.HTTPTransport):
 class _AsyncTransport(httpx2.AsyncHTTPTransport):
     def __init__(self, backend: httpcore2.AsyncNetworkBackend) -> None:
         self._pool = httpcore2.AsyncConnectionPool(
-            ssl_context=httpx2.create_ssl_context(), network_backend=backend
+            ssl_context=httpx2.create_ssl_context(),
+            network_backend=backend,
+            max_connections=None,  # who sends limits that, so that no host waits for another
+            keepalive_expiry=KEEP_SECONDS,
         )
 
 

@@ -21,6 +21,7 @@ from app.tables import (
     IdempotencyRow,
     MetricRow,
     OutboxRow,
+    WebhookDeliveryRow,
 )
 from tests.app.house import House, adapter, blob, dataset, environment, keeping
 
@@ -137,7 +138,11 @@ class TestJobs:
             MetricRow(job_id=old, series="train", step=1, data={}),
             OutboxRow(job_id=old, due_at=at, created_at=at),
             IdempotencyRow(key="k", body_sha256="", job_id=old, created_at=at),
-        )
+            WebhookDeliveryRow(
+                job_id=old, seq=1, id="msg_1", type="job.succeeded", url="", host="", body="",
+                state="delivered", attempts=[], give_up_at=at, created_at=at,
+            ),
+        )  # fmt: skip
         used.manifest(old, digest)
         kept = {
             used.job(Status.SUCCEEDED, days=29),
@@ -150,7 +155,7 @@ class TestJobs:
         assert (cleaned.jobs, cleaned.job_files.files, cleaned.blobs.files) == (1, 1, 1)
         assert used.ids() == kept
         assert used.stored.listed("jobs") == {f"jobs/{job_id}/manifest.json" for job_id in kept}
-        for table in (EventRow, MetricRow, OutboxRow, IdempotencyRow):
+        for table in (EventRow, MetricRow, OutboxRow, IdempotencyRow, WebhookDeliveryRow):
             assert used.count(table) == 0
 
     def test_all_are_kept_unless_that_is_set(self, used: House) -> None:

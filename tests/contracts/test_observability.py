@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from app.db import make_engine, now
 from app.ids import new_id
 from app.jobs.states import Status
+from app.metrics import WEBHOOK_OUTCOMES
 from app.migrate import upgrade
 from app.tables import WorkerRow
 from tests.app.conftest import make_settings, serve
@@ -35,7 +36,8 @@ NAMED = {  # as scrapers all over the world have them by now
     "flatlora_worker_heartbeat_age_seconds", "flatlora_gpu_memory_bytes", "flatlora_tokens",
     "flatlora_http_request_seconds", "flatlora_oldest_queued_seconds", "flatlora_workers",
     "flatlora_slots", "flatlora_build_info", "flatlora_disk_free_bytes", "flatlora_database_up",
-    "flatlora_broker_up",
+    "flatlora_broker_up", "flatlora_webhooks_pending", "flatlora_webhook_oldest_pending_seconds",
+    "flatlora_webhook_lag_seconds", "flatlora_webhook_attempts",
 }  # fmt: skip
 SUFFIXES = {
     "counter": ("_total",),
@@ -49,6 +51,7 @@ VALUES: dict[str, dict[str, set[Any]]] = {
     "flatlora_slots": {"state": {"busy", "idle"}},
     "flatlora_workers": {"state": {"active", "draining", "silent"}},
     "flatlora_job_attempts_total": {"reason": set(OUTCOMES)},
+    "flatlora_webhook_attempts_total": {"outcome": set(WEBHOOK_OUTCOMES)},
 }
 SELECTOR = re.compile(r"\b((?:flatlora|process)_\w+)\s*(?:\{([^}]*)\})?")
 MATCHER = re.compile(r'(\w+)\s*(=~|!~|!=|=)\s*"([^"]*)"')
@@ -125,7 +128,9 @@ def test_the_names_are_those_that_were_promised(exported: dict[str, set[str]]) -
 
 
 def test_no_label_names_a_job_or_a_tenant(exported: dict[str, set[str]]) -> None:
-    allowed = {"state", "reason", "worker", "device", "method", "route", "status", "version"}
+    allowed = {
+        "state", "reason", "worker", "device", "method", "route", "status", "version", "outcome",
+    }  # fmt: skip
     labels = set.union(*(exported[name] for name in exported if name.startswith("flatlora")))
     assert labels == allowed | {"python"}
 

@@ -21,6 +21,12 @@ from tests.faults.whole import assert_clean, assert_no_orphans, make_whole
 from tests.system.service import ROOT, until
 
 CHECKPOINT_STEPS = 10
+DISCARD = 9  # a port on which nobody listens
+WEBHOOKS = {
+    "FLATLORA_ALLOWED_NETWORKS": "127.0.0.1/32",
+    "FLATLORA_ALLOWED_PORTS": str(DISCARD),
+    "FLATLORA_ALLOW_HTTP": "1",
+}
 
 
 def insist(cluster: Cluster, body: Json, key: str) -> str:
@@ -85,6 +91,15 @@ def submitted(stage: Stage, point: Point) -> str:
     return job_id
 
 
+def told_to_a_webhook(stage: Stage, point: Point) -> str:
+    """Nobody listens there, which is an attempt all the same."""
+    stage.failpoints.arm(point)
+    body = {**stage.body(), "webhook_url": f"http://127.0.0.1:{DISCARD}/"}
+    job_id = insist(stage.cluster, body, secrets.token_hex(8))
+    stage.failpoints.wait(point)
+    return job_id
+
+
 def relayed_by_the_worker(stage: Stage, point: Point) -> str:
     """The API dies between the commit and the nudge of its own relay."""
     api, key = stage.cluster.api, secrets.token_hex(8)
@@ -141,6 +156,9 @@ WHERE: dict[Point, tuple[str, Schedule]] = {
     Point.REQUEST_AFTER_COMMIT: ("api", submitted),
     Point.RELAY_BEFORE_SEND: ("api", submitted),
     Point.RELAY_AFTER_SEND: ("api", submitted),
+    Point.WEBHOOK_BEFORE_NOTICED: ("api", told_to_a_webhook),
+    Point.WEBHOOK_BEFORE_SEND: ("api", told_to_a_webhook),
+    Point.WEBHOOK_AFTER_SEND: ("api", told_to_a_webhook),
     Point.CLAIM_BEFORE_COMMIT: ("pool child", submitted),
     Point.CLAIM_AFTER_COMMIT: ("pool child", submitted),
     Point.INPUTS_BEFORE_PIN: ("pool child", submitted),
@@ -185,7 +203,7 @@ def stage(shared: MakeCluster, tmp_path_factory: pytest.TempPathFactory) -> Stag
     failpoints = Failpoints(tmp_path_factory.mktemp("points") / "armed")
     # A lease in which a slot is put in order again also where others use the machine.
     more = {"FLATLORA_LEASE_SECONDS": "15"}
-    return Stage(shared(environment={**failpoints.environment, **more}), failpoints)
+    return Stage(shared(environment={**failpoints.environment, **WEBHOOKS, **more}), failpoints)
 
 
 class TestEveryPoint:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.app.receiver import Receiver, receiving
 from tests.system.service import EXAMPLES, Json, Service, example_job
 
 
@@ -16,9 +17,23 @@ def service(tmp_path: Path) -> Iterator[Service]:
 
 
 @pytest.fixture(scope="module")
-def shared_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def receiver() -> Iterator[Receiver]:
+    """Of webhooks of the shared service."""
+    with receiving() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="module")
+def shared_service(
+    tmp_path_factory: pytest.TempPathFactory, receiver: Receiver
+) -> Iterator[Service]:
     """For tests that do it no harm."""
     service = Service(tmp_path_factory.mktemp("service"))
+    service.environment |= {
+        "FLATLORA_ALLOWED_NETWORKS": "127.0.0.1/32",
+        "FLATLORA_ALLOWED_PORTS": str(receiver.port),
+        "FLATLORA_ALLOW_HTTP": "1",
+    }
     service.start()
     yield service
     service.stop()

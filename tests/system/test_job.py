@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.app.receiver import Receiver
 from tests.system.conftest import copy_into
 from tests.system.service import EXAMPLES, Json, Service, until
 
@@ -27,7 +28,7 @@ def before() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def finished(shared_service: Service, before: dict[str, str]) -> Json:
+def finished(shared_service: Service, receiver: Receiver, before: dict[str, str]) -> Json:
     body = {
         "base_model": f"file:{TINY_BASE}",
         "dataset_uri": f"file:{EXAMPLES / 'data' / 'train.jsonl'}",
@@ -36,6 +37,7 @@ def finished(shared_service: Service, before: dict[str, str]) -> Json:
         "data": {"max_length": 192},
         "training": {"max_steps": 30, "batch_size": 8, "learning_rate": 3e-3},
         "evaluation": {"validation_uri": f"file:{EXAMPLES / 'data' / 'test.jsonl'}"},
+        "webhook_url": receiver.url(),
     }
     return shared_service.finish(shared_service.submit(body))
 
@@ -107,6 +109,21 @@ class TestFinishedJob:
     ) -> None:
         work = shared_service.data_dir / "work" / finished["id"]
         until(lambda: {path.name for path in work.iterdir()} == {"job.json", "trainer.log"})
+
+    def test_its_webhook_was_told_of_all_of_it_and_each_word_is_signed(
+        self, shared_service: Service, receiver: Receiver, finished: Json
+    ) -> None:
+        until(lambda: "job.succeeded" in receiver.types, seconds=10)
+        with shared_service.http as http:
+            secret = http.get("/webhooks/secret").json()["secret"]
+            log = http.get(f"/jobs/{finished['id']}/deliveries").json()["items"]
+        told = [message.verify(secret) for message in receiver.messages]
+        begun, *between, ended = receiver.types
+        assert (begun, ended) == ("job.running", "job.succeeded")
+        assert set(between) == {"job.checkpoint"}
+        assert {one["data"]["id"] for one in told} == {finished["id"]}
+        assert told[-1]["data"]["result"] == finished["result"]
+        assert [one["id"] for one in log] == receiver.ids
 
 
 def held_out_loss(model: Any, tokenizer: Any) -> float:
