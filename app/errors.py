@@ -42,6 +42,7 @@ from starlette.types import Scope
 
 from app.faults import Fault, explain, field_pointers, is_wrong_media_type
 from app.objects import Outage
+from app.openai_api.shape import headers_for, is_openai, openai_error, status_for
 
 log = structlog.get_logger()
 
@@ -369,7 +370,7 @@ def _operations(request: Request) -> dict[str, Any]:
 
 
 class _AsciiResponse(JSONResponse):
-    """A problem quotes what it was given, and that may be text that UTF-8 cannot carry."""
+    """An error quotes what it was given, and that may be text that UTF-8 cannot carry."""
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content).encode()
@@ -377,6 +378,10 @@ class _AsciiResponse(JSONResponse):
 
 def respond(scope: Scope, error: ServiceError, *, status: int | None = None) -> JSONResponse:
     status = status or error.status
+    if is_openai(scope):
+        status = status_for(status)
+        headers = {**error.headers, **headers_for(status)}
+        return _AsciiResponse(openai_error(error, status), status, headers=headers)
     problem = {
         "type": "about:blank",
         "title": TITLES.get(status) or HTTPStatus(status).phrase,
