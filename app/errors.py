@@ -364,7 +364,7 @@ async def _http_exception(request: Request, error: Exception) -> JSONResponse:
 
 def _operations(request: Request) -> dict[str, Any]:
     """What the OpenAPI document says of this route, by method."""
-    path = getattr(request.scope.get("route"), "path", request.url.path)
+    path = getattr(request.scope.get("route"), "path_format", request.url.path)
     found: dict[str, Any] = request.app.openapi()["paths"].get(path, {})
     return found
 

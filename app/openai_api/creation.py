@@ -68,6 +68,11 @@ class Params:
             for fault in faults
         ]
 
+    def translate(self, error: InvalidRequest) -> InvalidRequest:
+        """What the native API has against the job."""
+        faults = self.rename(error.faults)
+        return InvalidRequest(" ".join(fault.detail for fault in faults), faults=faults)
+
     def _of(self, pointer: str) -> str:
         """Of the field itself, of the group that it is in, or of a field in it."""
         above = pointer

@@ -36,9 +36,10 @@ from app.openai_api.presenting import has_adapter, unix
 from app.openai_api.repository import OpenAIRepository
 from app.openai_api.results import results_csv
 from app.openai_api.schemas import File, FileDeleted, FilePage
+from app.openai_api.shape import PREFIX
 from app.tables import DatasetRow, JobRow
 
-router = APIRouter(prefix="/files")
+router = APIRouter(prefix=f"{PREFIX}/files", tags=["openai"])
 
 RESULTS_PER_PAGE = 20  # each is made to know its size
 MAX_FILENAME = 1024

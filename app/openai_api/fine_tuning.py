@@ -38,8 +38,9 @@ from app.openai_api.schemas import (
     FineTuningJobCreate,
     FineTuningJobPage,
 )
+from app.openai_api.shape import PREFIX
 
-router = APIRouter(prefix="/fine_tuning/jobs")
+router = APIRouter(prefix=f"{PREFIX}/fine_tuning/jobs", tags=["openai"])
 
 METADATA = re.compile(r"metadata\[(.*)\]")
 RetryCount = Annotated[
@@ -113,8 +114,7 @@ async def create_fine_tuning_job(
             creation = Creation(session, jobs, actor=asking.actor)
             job, was_there = await creation.submit(spec, retry=retry, request_id=request_id)
     except InvalidRequest as error:
-        error.faults = params.rename(error.faults)
-        raise
+        raise params.translate(error) from None
     note_change(request, None if was_there else job.id)
     if was_there:
         response.headers["Idempotent-Replayed"] = "true"

@@ -14,10 +14,11 @@ from app.openai_api.errors import BaseModelStays, ModelNotFound, refusals
 from app.openai_api.presenting import has_adapter, unix
 from app.openai_api.repository import OpenAIRepository
 from app.openai_api.schemas import Model, ModelDeleted, ModelPage
+from app.openai_api.shape import PREFIX
 from app.settings import Settings
 from app.uris import UriError, check_hub_id, resolve_model_folder
 
-router = APIRouter(prefix="/models")
+router = APIRouter(prefix=f"{PREFIX}/models", tags=["openai"])
 
 BASE = "base"
 

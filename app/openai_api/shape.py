@@ -64,7 +64,10 @@ def headers_for(status: int) -> Mapping[str, str]:
 
 def openai_error(error: _Error, status: int) -> dict[str, Any]:
     faults = list(error.faults)
-    told = [_named(fault) for fault in faults] or [error.detail, error.hint or ""]
+    if faults and error.code == "invalid_request":  # its detail says no more than how many
+        told = [_named(fault) for fault in faults]
+    else:
+        told = [error.detail, error.hint or ""]
     return {
         "error": {
             "message": " ".join(told).strip(),
