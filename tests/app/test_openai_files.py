@@ -7,9 +7,20 @@ from typing import Any
 
 import httpx2
 import pytest
-from openai import APIStatusError, BadRequestError, ConflictError, NotFoundError, OpenAI
+from fastapi import FastAPI
+from openai import (
+    APIStatusError,
+    BadRequestError,
+    ConflictError,
+    InternalServerError,
+    NotFoundError,
+    OpenAI,
+    RateLimitError,
+)
 from sqlalchemy.orm import Session
+from starlette.testclient import TestClient
 
+from app.errors import ServiceError
 from app.ids import new_id
 from app.jobs.events import event
 from app.settings import Settings
@@ -263,3 +274,35 @@ class TestErrors:
         assert answers[405].headers["allow"] == "GET, POST"
         assert ask("PUT", "/v1/models/a/b").headers["allow"] == "DELETE, GET"
         assert ask("GET", "/v1x").headers["content-type"] == "application/problem+json"
+
+    def test_each_status_is_the_clients_own_error(self, service: Service) -> None:
+        class Raised(ServiceError):
+            code = "raised"
+
+        async def raising(status: int) -> None:
+            Raised.status = status
+            raise Raised("Not now.", "Later.", headers={"Retry-After": "0.01"})
+
+        async def breaking() -> None:
+            raise RuntimeError("of our own")
+
+        assert isinstance(service.http, TestClient)
+        app = service.http.app
+        assert isinstance(app, FastAPI)
+        app.add_api_route("/v1/raising/{status}", raising)
+        app.add_api_route("/v1/breaking", breaking)
+        openai = client_of(service, max_retries=1)
+        kinds = {
+            409: (ConflictError, "invalid_request_error", "0"),
+            429: (RateLimitError, "rate_limit_error", "1"),
+            503: (InternalServerError, "server_error", "1"),
+        }
+        for status, (kind, type_, tries) in kinds.items():
+            with pytest.raises(kind, match=r"Not now\. Later\.") as refused:
+                openai.get(f"/raising/{status}", cast_to=object)
+            assert (refused.value.type, refused.value.code) == (type_, "raised")
+            assert refused.value.request.headers["x-stainless-retry-count"] == tries
+        with pytest.raises(InternalServerError) as broken:
+            client_of(service).get("/breaking", cast_to=object)
+        assert (broken.value.code, broken.value.type) == ("internal", "server_error")
+        assert "of our own" not in broken.value.message
