@@ -39,6 +39,7 @@ from app.openai_api.schemas import (
     FineTuningJobPage,
 )
 from app.openai_api.shape import PREFIX
+from app.periodic import Periodic
 
 router = APIRouter(prefix=f"{PREFIX}/fine_tuning/jobs", tags=["openai"])
 
@@ -67,7 +68,7 @@ class ListQuery(PageQuery):
         return {name: value for name, value in values.items() if not METADATA.fullmatch(name)}
 
 
-def metadata_filters(request: Request) -> dict[str, str]:
+async def metadata_filters(request: Request) -> dict[str, str]:
     labels = {}
     for name, value in request.query_params.items():
         if not (found := METADATA.fullmatch(name)):
@@ -264,4 +265,9 @@ def _native(jobs: object, name: str) -> Callable[[str], Awaitable[Job]]:
 
 def _wake(request: Request, background: BackgroundTasks) -> None:
     if wakes := request.state.wakes:
-        background.add_task(wakes.nudge)  # after the commit and the answer
+        background.add_task(_nudge, wakes)  # after the commit and the answer
+
+
+async def _nudge(wakes: Periodic) -> None:
+    """Not as a plain function: that would take a thread of its own."""
+    wakes.nudge()

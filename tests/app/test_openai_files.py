@@ -87,7 +87,7 @@ class TestFiles:
                 openai.files.list(extra_query=query)
             assert refused.value.param == next(iter(query))
         form = {"purpose": (None, "fine-tune")}
-        answer = service.http.post("/v1/files", files=form)  # type: ignore[arg-type] # no file
+        answer = service.http.post("/v1/files", files=form)
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "file")
         assert service.http.post("/v1/files", content=b"x").status_code == 415
         assert list(openai.files.list()) == []

@@ -33,9 +33,12 @@ class Api:
         self.settings = settings
         self.key = settings.key_file.read_text().strip()
 
-    def options(self, *, port: int | None = None, key: str = "") -> dict[str, str]:
-        url = f"http://127.0.0.1:{port}" if port else self.url
-        return {"base_url": f"{url}/v1", "api_key": key or self.key}
+    def client(self, *, port: int | None = None, key: str = "", max_retries: int = 2) -> OpenAI:
+        return OpenAI(
+            base_url=f"http://127.0.0.1:{port or self.port}/v1",
+            api_key=key or self.key,
+            max_retries=max_retries,
+        )
 
     @property
     def port(self) -> int:
@@ -57,14 +60,14 @@ def api(tmp_path_factory: pytest.TempPathFactory, migrated_file: Path) -> Iterat
 
 @pytest.fixture(scope="module")
 def openai(api: Api) -> Iterator[OpenAI]:
-    with OpenAI(**api.options()) as client:
+    with api.client() as client:
         yield client
 
 
 class TestAsync:
     def test_the_asynchronous_client_does_the_same(self, api: Api) -> None:
         async def work() -> None:
-            async with AsyncOpenAI(**api.options()) as client:
+            async with AsyncOpenAI(base_url=f"{api.url}/v1", api_key=api.key) as client:
                 rows = api.settings.dataset_roots[0] / "train.jsonl"
                 file = await client.files.create(file=rows, purpose="fine-tune")
                 assert [found.id async for found in client.files.list(limit=1)] == [file.id]
@@ -83,8 +86,7 @@ class TestAsync:
 
 class TestKeys:
     def test_a_wrong_key_is_an_authentication_error(self, api: Api) -> None:
-        given = api.options(key="sk-wrong")
-        with OpenAI(**given) as client, pytest.raises(AuthenticationError) as refused:
+        with api.client(key="sk-wrong") as client, pytest.raises(AuthenticationError) as refused:
             client.models.list()
         assert refused.value.code == "invalid_api_key"
         assert refused.value.request_id
@@ -93,7 +95,7 @@ class TestKeys:
         headers = {"Authorization": f"Bearer {api.key}"}
         asked = {"name": "looking", "role": "viewer"}
         made = httpx2.post(f"{api.url}/keys", json=asked, headers=headers).json()
-        with OpenAI(**api.options(key=made["key"])) as client:
+        with api.client(key=made["key"]) as client:
             client.fine_tuning.jobs.list()
             with pytest.raises(PermissionDeniedError) as refused:
                 client.files.create(file=b"{}\n", purpose="fine-tune")
@@ -110,7 +112,7 @@ class TestLostAnswers:
         self, api: Api, openai: OpenAI, proxy: Proxy
     ) -> None:
         mark = {"test": "lost"}
-        with OpenAI(**api.options(port=proxy.port)) as client:
+        with api.client(port=proxy.port) as client:
             jobs = client.fine_tuning.jobs.with_raw_response
             proxy.cut_after(CREATE)
             answer = jobs.create(model=MODEL, training_file=JSONL, metadata=mark)
@@ -124,7 +126,7 @@ class TestLostAnswers:
         self, api: Api, openai: OpenAI, proxy: Proxy
     ) -> None:
         mark = {"test": "two"}
-        with OpenAI(**api.options(port=proxy.port)) as client:
+        with api.client(port=proxy.port) as client:
             made = []
             for _ in range(2):
                 job = client.fine_tuning.jobs.create(
@@ -138,7 +140,7 @@ class TestLostAnswers:
     def test_an_upload_and_a_cancel_are_repeated_without_harm(
         self, api: Api, openai: OpenAI, proxy: Proxy
     ) -> None:
-        with OpenAI(**api.options(port=proxy.port)) as client:
+        with api.client(port=proxy.port) as client:
             proxy.cut_after(b"POST /v1/files ")
             file = client.files.create(file=("lost.jsonl", b"{}\n"), purpose="fine-tune")
             job = client.fine_tuning.jobs.create(model=MODEL, training_file=file.id)
@@ -151,7 +153,7 @@ class TestLostAnswers:
     def test_a_service_that_is_away_is_a_connection_error(self, api: Api, proxy: Proxy) -> None:
         proxy.cut()
         with (
-            OpenAI(**api.options(port=proxy.port), max_retries=0) as client,
+            api.client(port=proxy.port, max_retries=0) as client,
             pytest.raises(APIConnectionError),
         ):
             client.models.list()

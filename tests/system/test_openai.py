@@ -17,14 +17,17 @@ def service(shared_service: Service) -> Service:
     return shared_service
 
 
-def options(service: Service) -> dict[str, str]:
-    key = (service.data_dir / "api_key").read_text().strip()
-    return {"base_url": f"http://127.0.0.1:{service.port}/v1", "api_key": key}
+def url(service: Service) -> str:
+    return f"http://127.0.0.1:{service.port}/v1"
+
+
+def key(service: Service) -> str:
+    return (service.data_dir / "api_key").read_text().strip()
 
 
 @pytest.fixture(scope="module")
 def openai(service: Service) -> Iterator[OpenAI]:
-    with OpenAI(**options(service)) as client:
+    with OpenAI(base_url=url(service), api_key=key(service)) as client:
         yield client
 
 
@@ -33,10 +36,9 @@ def trained(service: Service) -> str:
     """What the example of the page prints, run as it stands there on the fewer rows."""
     page = (ROOT / "docs" / "openai.md").read_text()
     (example,) = re.findall(r"```python\n(from openai import OpenAI.*?)```", page, re.DOTALL)
-    given = options(service)
     for written, meant in {
-        "http://127.0.0.1:8321/v1": given["base_url"],
-        "flk_…": given["api_key"],
+        "http://127.0.0.1:8321/v1": url(service),
+        "flk_…": key(service),
         "file:examples/tiny-base": f"file:{EXAMPLES / 'tiny-base'}",
         "train.jsonl": "test.jsonl",
     }.items():
@@ -74,7 +76,7 @@ class TestTraining:
         job_id = trained.partition("\n")[0]
 
         async def look() -> None:
-            async with AsyncOpenAI(**options(service)) as client:
+            async with AsyncOpenAI(base_url=url(service), api_key=key(service)) as client:
                 jobs = client.fine_tuning.jobs
                 events = [event async for event in jobs.list_events(job_id, limit=3)]
                 told = [event.to_dict()["data"]["event"] for event in events]  # type: ignore[index] # a dict
