@@ -19,8 +19,8 @@ MARK = "openai"  # and a space after it, which no Idempotency-Key has
 class Creation:
     """Submits a job once, however often the client's own retries ask for it.
 
-    Every request leaves a note with the job that it was answered with: who, what, and the how
-    manyeth try it was. A client counts its tries, so a job has one note at most for each number.
+    Every request leaves a note of the job that it was answered with: who asked, for what, and the
+    number of the try. A client counts its tries, so a job has one note at most for each number.
     """
 
     def __init__(self, session: AsyncSession, jobs: JobService, *, actor: str) -> None:

@@ -9,6 +9,7 @@ from openai.types.fine_tuning import FineTuningJob
 
 from app.db import now
 from app.ids import new_id
+from app.jobs.service import JobService
 from app.jobs.states import Phase, Reason, Status
 from tests.app.openai_client import client_of, row, upload
 from tests.app.service import Json, Service, ok
@@ -261,6 +262,22 @@ class TestStop:
         job = create(openai)
         for _ in range(2):
             assert openai.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+
+    @pytest.mark.skipif(not hasattr(JobService, "pause"), reason="jobs cannot be paused yet")
+    def test_a_job_is_paused_and_goes_on(self, openai: OpenAI) -> None:
+        job = create(openai)
+        for _ in range(2):
+            assert openai.fine_tuning.jobs.pause(job.id).status == "paused"
+        for _ in range(2):
+            assert openai.fine_tuning.jobs.resume(job.id).status == "queued"
+
+    @pytest.mark.skipif(not hasattr(JobService, "delete"), reason="jobs cannot be deleted yet")
+    def test_an_adapter_is_deleted_with_its_job(self, openai: OpenAI, service: Service) -> None:
+        job_id = service.finished()["id"]
+        assert openai.models.delete(job_id).deleted is True
+        for ask in (openai.models.retrieve, openai.models.delete, openai.fine_tuning.jobs.retrieve):
+            with pytest.raises(NotFoundError):
+                ask(job_id)
 
     def test_a_conflict_is_told_once_and_not_tried_again(self, service: Service) -> None:
         openai = client_of(service, max_retries=2)

@@ -10,6 +10,8 @@ from openai import (
     APIConnectionError,
     AsyncOpenAI,
     AuthenticationError,
+    BadRequestError,
+    NotFoundError,
     OpenAI,
     PermissionDeniedError,
 )
@@ -100,6 +102,28 @@ class TestKeys:
             with pytest.raises(PermissionDeniedError) as refused:
                 client.files.create(file=b"{}\n", purpose="fine-tune")
         assert refused.value.code == "forbidden"
+
+    def test_another_projects_ids_are_not_found(self, api: Api, openai: OpenAI) -> None:
+        headers = {"Authorization": f"Bearer {api.key}"}
+        asked = {"name": "elsewhere", "project": "other"}
+        made = httpx2.post(f"{api.url}/keys", json=asked, headers=headers).json()
+        file = openai.files.create(file=("mine.jsonl", ROWS), purpose="fine-tune")
+        job = openai.fine_tuning.jobs.create(model=MODEL, training_file=file.id)
+        with api.client(key=made["key"]) as other:
+            jobs, files = other.fine_tuning.jobs, other.files
+            of_a_job = (jobs.retrieve, jobs.cancel, jobs.list_events, jobs.checkpoints.list)
+            of_a_file = (files.retrieve, files.content, files.delete)
+            for ask, id_ in [
+                *((ask, job.id) for ask in (*of_a_job, other.models.retrieve)),
+                *((ask, file.id) for ask in of_a_file),
+            ]:
+                with pytest.raises(NotFoundError):
+                    ask(id_)
+            with pytest.raises(BadRequestError) as refused:
+                jobs.create(model=MODEL, training_file=file.id)
+            assert refused.value.param == "training_file"
+            assert [list(jobs.list()), list(files.list())] == [[], []]
+        assert openai.fine_tuning.jobs.retrieve(job.id).status == "queued"
 
 
 class TestLostAnswers:

@@ -21,7 +21,7 @@ from tests.system.service import until
 
 
 def create(openai: OpenAI, retry: int = 0, key: str = "", **values: Any) -> str:
-    """The id of the job that the so-manyeth try of a request is answered with."""
+    """The id of the job that a request is answered with. ``retry``: the number of the try."""
     headers = {"x-stainless-retry-count": str(retry)} | ({"Idempotency-Key": key} if key else {})
     given = {"model": "file:tiny", "training_file": "file:train.jsonl"} | values
     return openai.fine_tuning.jobs.create(**given, extra_headers=headers).id
