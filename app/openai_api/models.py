@@ -3,11 +3,13 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, BackgroundTasks, Request
 
-from app.db import ReadSession, WriteSession, note_change
+from app.db import ReadSession
 from app.errors import Forbidden, IllegalTransition, JobNotFound, MethodNotAllowed, Unauthenticated
 from app.ids import is_id
+from app.jobs import endpoints as native
+from app.jobs.endpoints import Reading, Writing
 from app.jobs.service import JobService
 from app.models.endpoints import list_models
 from app.openai_api.errors import BaseModelStays, ModelNotFound, refusals
@@ -62,10 +64,10 @@ def _base(name: str, settings: Settings) -> Model | None:
     responses=refusals(Unauthenticated, ModelNotFound),
     summary="Show a base model or an adapter",
 )
-async def get_openai_model(model: str, session: ReadSession, request: Request) -> Model:
+async def get_openai_model(model: str, jobs: Reading, request: Request) -> Model:
     """A model of the hub is one that a job may name: the hub itself is not asked."""
     if is_id(model, "job"):
-        return await _adapter(model, JobService(session, request.state.settings))
+        return await _adapter(model, jobs)
     if found := await asyncio.to_thread(_base, model, request.state.settings):
         return found
     raise ModelNotFound(model)
@@ -78,12 +80,12 @@ async def get_openai_model(model: str, session: ReadSession, request: Request) -
     ),
     summary="Delete an adapter, with its job",
 )
-async def delete_openai_model(model: str, session: WriteSession, request: Request) -> ModelDeleted:
-    jobs = JobService(session, request.state.settings)
+async def delete_openai_model(
+    model: str, jobs: Writing, request: Request, background: BackgroundTasks
+) -> ModelDeleted:
     if is_id(model, "job"):
         await _adapter(model, jobs)
-        await _delete(jobs)(model)
-        note_change(request, model)
+        await _delete()(model, jobs, request, background)
         return ModelDeleted(id=model)
     if await asyncio.to_thread(_base, model, request.state.settings):
         raise BaseModelStays(f"{model!r} is a base model.", "Adapters alone are deleted.")
@@ -100,9 +102,9 @@ async def _adapter(job_id: str, jobs: JobService) -> Model:
     return Model(id=row.id, created=unix(row.finished_at), owned_by=row.project)
 
 
-def _delete(jobs: object) -> Callable[[str], Awaitable[object]]:
-    """A method of the service that may not be here yet."""
-    found: Callable[[str], Awaitable[object]] | None = getattr(jobs, "delete", None)
+def _delete() -> Callable[..., Awaitable[None]]:
+    """The native route, which also sees to the files; it may not be here yet."""
+    found: Callable[..., Awaitable[None]] | None = getattr(native, "delete_job", None)
     if found is None:
         raise MethodNotAllowed(
             "This version cannot delete an adapter.", "FLATLORA_KEEP_JOBS_DAYS removes old ones."
