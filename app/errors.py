@@ -44,6 +44,7 @@ from starlette.types import Scope
 
 from app.faults import Fault, explain, field_pointers, is_wrong_media_type
 from app.objects import Outage
+from app.openai_api.shape import headers_for, is_openai, openai_error, status_for
 
 log = structlog.get_logger()
 
@@ -386,13 +387,13 @@ async def _http_exception(request: Request, error: Exception) -> JSONResponse:
 
 def _operations(request: Request) -> dict[str, Any]:
     """What the OpenAPI document says of this route, by method."""
-    path = getattr(request.scope.get("route"), "path", request.url.path)
+    path = getattr(request.scope.get("route"), "path_format", request.url.path)
     found: dict[str, Any] = request.app.openapi()["paths"].get(path, {})
     return found
 
 
 class _AsciiResponse(JSONResponse):
-    """A problem quotes what it was given, and that may be text that UTF-8 cannot carry."""
+    """An error quotes what it was given, and that may be text that UTF-8 cannot carry."""
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content).encode()
@@ -400,6 +401,10 @@ class _AsciiResponse(JSONResponse):
 
 def respond(scope: Scope, error: ServiceError, *, status: int | None = None) -> JSONResponse:
     status = status or error.status
+    if is_openai(scope):
+        status = status_for(status)
+        headers = {**error.headers, **headers_for(status)}
+        return _AsciiResponse(openai_error(error, status), status, headers=headers)
     problem = {
         "type": "about:blank",
         "title": TITLES.get(status) or HTTPStatus(status).phrase,

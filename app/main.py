@@ -23,6 +23,7 @@ from app.jobs import endpoints as jobs
 from app.logs import configure_logs
 from app.middleware import BodyLimit, RequestLog, SameSite
 from app.models import endpoints as models
+from app.openai_api import endpoints as openai_api
 from app.openapi import describe
 from app.periodic import Periodic
 from app.settings import Settings, get_settings
@@ -112,7 +113,9 @@ def create_app(settings: Settings) -> FastAPI:
     install_error_handlers(app)
     app.include_router(health.router)
     app.include_router(metrics.router)
-    for routes in (jobs, adapters, datasets, models, workers, webhooks, keys, audit):
+    for routes in (
+        jobs, adapters, datasets, models, workers, webhooks, keys, audit, openai_api
+    ):  # fmt: skip
         app.include_router(routes.router, dependencies=[Depends(require_access)])
     app.add_middleware(
         BodyLimit, bytes=settings.max_body_bytes, upload_bytes=settings.max_upload_bytes

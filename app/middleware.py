@@ -19,7 +19,7 @@ log = structlog.get_logger()
 REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 PORT = re.compile(r":\d*$")
 READING = {"GET", "HEAD", "OPTIONS"}
-UPLOADS = "/datasets"
+UPLOADS = {"/datasets", "/v1/files"}
 PROBES = {"/healthz", "/readyz", "/metrics"}
 UNMATCHED = "unmatched"  # of paths that no route knows: who scans for them makes no new series
 INTERNAL = ServiceError(
@@ -100,7 +100,7 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         path = scope["path"].removeprefix(scope.get("root_path", ""))
-        limit = self._upload_bytes if path == UPLOADS else self._bytes
+        limit = self._upload_bytes if path in UPLOADS else self._bytes
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > limit:
             await respond(scope, too_large(limit))(scope, receive, send)

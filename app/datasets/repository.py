@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import insert, select
+from sqlalchemy import delete, insert, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.db import now
@@ -36,3 +36,6 @@ class DatasetRepository:
         if after:
             statement = statement.where(DatasetRow.id < after)
         return (await self._session.scalars(statement)).all()
+
+    async def delete(self, dataset_id: str) -> None:
+        await self._session.execute(delete(DatasetRow).where(DatasetRow.id == dataset_id))

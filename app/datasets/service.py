@@ -42,6 +42,11 @@ class DatasetService:
             raise DatasetNotFound(dataset_id)
         return _present(row)
 
+    async def delete(self, dataset_id: str) -> None:
+        """The bytes stay until the garbage collection finds that nothing refers to them."""
+        await self.get(dataset_id)
+        await self._datasets.delete(dataset_id)
+
     async def list(self, *, limit: int, after: str | None) -> DatasetPage:
         rows = await self._datasets.page(limit=limit + 1, after=after)
         shown = rows[:limit]

@@ -66,6 +66,22 @@ def test_it_is_openapi_3_1_with_these_routes(openapi: Json) -> None:
         "GET /keys",
         "DELETE /keys/{key_id}",
         "GET /audit",
+        "POST /v1/files",
+        "GET /v1/files",
+        "GET /v1/files/{file_id}",
+        "DELETE /v1/files/{file_id}",
+        "GET /v1/files/{file_id}/content",
+        "POST /v1/fine_tuning/jobs",
+        "GET /v1/fine_tuning/jobs",
+        "GET /v1/fine_tuning/jobs/{fine_tuning_job_id}",
+        "POST /v1/fine_tuning/jobs/{fine_tuning_job_id}/cancel",
+        "POST /v1/fine_tuning/jobs/{fine_tuning_job_id}/pause",
+        "POST /v1/fine_tuning/jobs/{fine_tuning_job_id}/resume",
+        "GET /v1/fine_tuning/jobs/{fine_tuning_job_id}/events",
+        "GET /v1/fine_tuning/jobs/{fine_tuning_job_id}/checkpoints",
+        "GET /v1/models",
+        "GET /v1/models/{model}",
+        "DELETE /v1/models/{model}",
         "GET /healthz",
         "GET /readyz",
         "GET /version",
@@ -96,7 +112,15 @@ def test_every_route_says_what_it_does_and_how_it_fails(openapi: Json) -> None:
         }
         assert "default" in failures, (method, path)
         for response in failures.values():
-            assert list(response["content"]) == ["application/problem+json"]
+            (media_type,) = response["content"]
+            schema = response["content"][media_type]["schema"]["$ref"].rpartition("/")[2]
+            is_openai = operation["tags"] == ["openai"]
+            assert (media_type, schema) == (
+                ("application/json", "ErrorAnswer")
+                if is_openai
+                else ("application/problem+json", "Problem")
+            )
+            assert is_openai is path.startswith("/v1/")
 
 
 def test_every_route_but_the_service_pages_asks_for_a_key(openapi: Json) -> None:
@@ -104,6 +128,14 @@ def test_every_route_but_the_service_pages_asks_for_a_key(openapi: Json) -> None
         is_open = path in {"/healthz", "/readyz", "/version"}
         assert ("security" in operation) is not is_open
         assert ("401" in operation["responses"]) is not is_open
+
+
+def test_the_example_of_openais_job_is_one(openapi: Json) -> None:
+    from app.openai_api.creation import native
+    from app.openai_api.schemas import FineTuningJobCreate
+
+    for example in openapi["components"]["schemas"]["FineTuningJobCreate"]["examples"]:
+        native(FineTuningJobCreate.model_validate(example))
 
 
 def test_the_example_of_a_job_is_one(openapi: Json) -> None:

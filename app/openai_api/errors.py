@@ -1,0 +1,53 @@
+"""What a route under ``/v1`` refuses, and how its OpenAPI says so."""
+
+from app.errors import TITLES, Conflict, InvalidRequest, NotFound, Responses, ServiceError
+from app.faults import Fault
+from app.openai_api.shape import ErrorAnswer, code_for, status_for
+
+
+class FileNotFound(NotFound):
+    code = "file_not_found"
+
+    def __init__(self, file: str) -> None:
+        super().__init__(f"There is no file {file!r}.", "List the files with GET /v1/files.")
+
+
+class ModelNotFound(NotFound):
+    code = "model_not_found"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(f"There is no model {model!r}.", "List the models with GET /v1/models.")
+
+
+class ResultsOfJob(Conflict):
+    code = "results_of_job"
+
+
+class BaseModelStays(Conflict):
+    code = "base_model_stays"
+
+
+def refusals(*errors: type[ServiceError]) -> Responses:
+    """The ``responses=`` of a route under ``/v1``: as ``problems()``, in OpenAI's shape."""
+    found: dict[int, list[str]] = {}
+    for error in errors:
+        found.setdefault(status_for(error.status), []).append(code_for(error.code))
+    described: Responses = {
+        status: {"model": ErrorAnswer, "description": f"{TITLES[status]}: {', '.join(codes)}"}
+        for status, codes in sorted(found.items())
+    }
+    return {**described, "default": {"model": ErrorAnswer, "description": "Any other error"}}
+
+
+def unsupported(param: str, detail: str) -> InvalidRequest:
+    """Something of OpenAI's that this service does not do."""
+    return InvalidRequest(
+        detail, faults=[Fault(pointer=param, detail=detail, code="unsupported_value")]
+    )
+
+
+def bad_cursor(after: str, what: str) -> InvalidRequest:
+    detail = f"{after!r} is not the id of {what}. Pass the last id of the page before."
+    return InvalidRequest(
+        detail, faults=[Fault(pointer="after", detail=detail, code="cursor_malformed")]
+    )
