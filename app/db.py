@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -135,6 +135,14 @@ class Database:
         writing = self.engine.execution_options(writes=True)
         self.reading = async_sessionmaker(self.engine, expire_on_commit=False)
         self.writing = async_sessionmaker(writing, expire_on_commit=False)
+
+
+def transaction(
+    request: Request, *, writes: bool = False
+) -> AbstractAsyncContextManager[AsyncSession]:
+    """For routes that need several, one after another, or none while they wait."""
+    database: Database = request.state.database
+    return _session(database.writing if writes else database.reading)
 
 
 async def _read_session(request: Request) -> AsyncIterator[AsyncSession]:

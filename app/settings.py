@@ -88,6 +88,8 @@ class Settings(BaseSettings):
 
     max_body_bytes: PositiveInt = 1 << 20
     max_dataset_bytes: PositiveInt = 4 << 30
+    max_part_bytes: PositiveInt = 64 << 20
+    """Of a dataset that comes in several requests, what one of them may bring."""
 
     lease_seconds: PositiveFloat = 60
     heartbeat_seconds: PositiveFloat = 10
@@ -114,6 +116,8 @@ class Settings(BaseSettings):
     ``cpu``. The embedded worker has one slot, of all of them."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Where a worker serves its Prometheus metrics; 0: nowhere."""
+    commit: str = ""
+    """Of the code, where whoever built it has noted that: only shown."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "json", "console"] = "auto"
     """``auto``: colours on a terminal, else a JSON object a line."""

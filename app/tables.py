@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import quote
 
 from sqlalchemy import (
     JSON,
@@ -63,6 +64,10 @@ class Table(DeclarativeBase):
 
 
 DEFAULT_PROJECT = "default"
+HAS_ADAPTER = "CAST(adapter AS VARCHAR) <> 'null'"
+"""Of a job's row, in SQL: a dry run has left the JSON ``null`` there, which is not NULL.
+
+The databases use the index of adapters for a query that says it in the same words."""
 STATUS_VALUES = ", ".join(f"'{status}'" for status in Status)
 
 
@@ -81,6 +86,12 @@ class JobRow(Table):
             *("status", "project", "priority", "created_at", "id"),
             postgresql_where=text("gpus > 1"),
             sqlite_where=text("gpus > 1"),
+        ),
+        Index(
+            "ix_jobs_adapters",
+            *("project", "finished_at", "id"),
+            postgresql_where=text(HAS_ADAPTER),
+            sqlite_where=text(HAS_ADAPTER),
         ),
     )
 
@@ -211,6 +222,44 @@ class DatasetRow(Table):
     filename: Mapped[str]
     size: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[datetime]
+
+
+class UploadRow(Table):
+    """A dataset on its way in, part after part. The row goes when the dataset is there."""
+
+    __tablename__ = "uploads"
+    __table_args__ = (UniqueConstraint("project", "sha256"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project: Mapped[str] = mapped_column(server_default=DEFAULT_PROJECT)
+    sha256: Mapped[str]
+    """Of the whole, as the client has announced it."""
+    filename: Mapped[str]
+    size: Mapped[int] = mapped_column(BigInteger)
+    received: Mapped[int] = mapped_column(BigInteger)
+    """Bytes from the beginning that are stored: where the next part goes."""
+    created_at: Mapped[datetime]
+    updated_at: Mapped[datetime] = mapped_column(index=True)
+    """When it last grew, or was asked for."""
+
+    @property
+    def folder(self) -> str:
+        """In the store; another one after it was forgotten and begun again."""
+        return f"{quote(self.project, safe='')}/{self.sha256}/{self.id}"
+
+
+class UploadPartRow(Table):
+    """A part that counts: of several for one place, the one whose row was written."""
+
+    __tablename__ = "upload_parts"
+
+    upload_id: Mapped[str] = mapped_column(
+        ForeignKey("uploads.id", ondelete="CASCADE"), primary_key=True
+    )
+    start: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    size: Mapped[int] = mapped_column(BigInteger)
+    name: Mapped[str]
+    """In the upload's folder."""
 
 
 class IdempotencyRow(Table):
