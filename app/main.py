@@ -9,9 +9,12 @@ from fastapi import Depends, FastAPI
 
 from app import __version__, health, metrics
 from app.adapters import endpoints as adapters
+from app.adapters import list_endpoints as adapter_list
 from app.auth import ensure_key, require_key
 from app.broker_health import BrokerHealth
 from app.datasets import endpoints as datasets
+from app.datasets import upload_endpoints as uploads
+from app.datasets.resumable import Joins
 from app.datasets.uploads import forget_broken
 from app.db import ANSWER_SECONDS, Database, make_engine
 from app.errors import install_error_handlers
@@ -19,6 +22,7 @@ from app.jobs import endpoints as jobs
 from app.logs import configure_logs
 from app.middleware import BodyLimit, RequestLog, SameSite
 from app.models import endpoints as models
+from app.models.catalogue import Catalogue
 from app.openapi import describe
 from app.periodic import Periodic
 from app.settings import Settings, get_settings
@@ -42,6 +46,8 @@ class State(TypedDict):
     """Sends wake-ups to the workers of a cluster."""
     broker: BrokerHealth
     metrics: metrics.Metrics
+    models: Catalogue
+    joins: Joins
 
 
 @contextmanager
@@ -74,13 +80,16 @@ def create_app(settings: Settings) -> FastAPI:
         key = ensure_key(settings)[0] if settings.auth == "key" else None
         store = open_store(settings)
         forget_broken(settings.uploads_dir)
+        joins = Joins()
         try:
             with relaying as wakes:
                 yield State(
                     settings=settings, database=database, store=store, key=key, wakes=wakes,
-                    broker=broker, metrics=numbers,
+                    broker=broker, metrics=numbers, models=Catalogue(settings.model_roots),
+                    joins=joins,
                 )  # fmt: skip
         finally:
+            joins.close()
             await database.engine.dispose()
             await asyncio.to_thread(flush)
 
@@ -100,11 +109,16 @@ def create_app(settings: Settings) -> FastAPI:
     with_key: dict[str, Any] = {"dependencies": [Depends(require_key)]}
     app.include_router(jobs.router, **with_key)
     app.include_router(adapters.router, **with_key)
+    app.include_router(adapter_list.router, **with_key)
     app.include_router(datasets.router, **with_key)
+    app.include_router(uploads.router, **with_key)
     app.include_router(models.router, **with_key)
     app.include_router(workers.router, **with_key)
     app.add_middleware(
-        BodyLimit, bytes=settings.max_body_bytes, upload_bytes=settings.max_upload_bytes
+        BodyLimit,
+        bytes=settings.max_body_bytes,
+        upload_bytes=settings.max_upload_bytes,
+        part_bytes=settings.max_part_bytes,
     )
     app.add_middleware(SameSite, hosts=settings.hosts)
     app.add_middleware(RequestLog, metrics=numbers)

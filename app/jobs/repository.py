@@ -81,7 +81,7 @@ class JobRepository:
     ) -> Sequence[JobRow]:
         """Newest first, from the row after a place in the list; without their reports."""
         without_report = select(JobRow).options(defer(JobRow.report, raiseload=True))
-        statement = _filtered(without_report, wanted)
+        statement = filtered(without_report, wanted)
         if after:
             statement = statement.where(tuple_(JobRow.created_at, JobRow.id) < after)
         statement = statement.order_by(JobRow.created_at.desc(), JobRow.id.desc()).limit(limit)
@@ -191,7 +191,7 @@ def _place(job: JobRow) -> tuple[datetime, str]:
     return job.created_at, job.id
 
 
-def _filtered(statement: Select[Any], wanted: JobFilter) -> Select[Any]:
+def filtered(statement: Select[Any], wanted: JobFilter) -> Select[Any]:
     if wanted.statuses:
         statement = statement.where(JobRow.status.in_(wanted.statuses))
     if wanted.base_model:

@@ -181,6 +181,7 @@ def _result(this_run: Run, state: State, place: Place) -> dict[str, Any]:
     trainable = sum(weight.numel() for weight in this_run.adapter.values())
     order = RowOrder([len(row.ids) for row in this_run.train], job.training, job.seed)
     return {
+        "base_model_revision": job.base_model.revision,
         "held_out": {
             "rows": len(this_run.held_out),
             "tokens": sum(example.targets for example in this_run.held_out),
