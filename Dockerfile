@@ -73,8 +73,6 @@ FROM runtime AS worker
 LABEL org.opencontainers.image.title="flatlora worker" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=worker-build /opt/flatlora /opt/flatlora
-ARG COMMIT=
-ENV FLATLORA_COMMIT=$COMMIT
 # The GPUs that the NVIDIA container toolkit hands in, and what torch uses of its driver.
 ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility

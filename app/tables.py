@@ -1,8 +1,8 @@
 """The tables. The schema itself is made by the migrations alone; a test compares the two."""
 
+import re
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import quote
 
 from sqlalchemy import (
     JSON,
@@ -244,8 +244,9 @@ class UploadRow(Table):
 
     @property
     def folder(self) -> str:
-        """In the store; another one after it was forgotten and begun again."""
-        return f"{quote(self.project, safe='')}/{self.sha256}/{self.id}"
+        """In the store; the id makes it the only one, the rest is for who looks there."""
+        project = re.sub(r"[^A-Za-z0-9_-]", "_", self.project)
+        return f"{project}/{self.sha256}/{self.id}"
 
 
 class UploadPartRow(Table):

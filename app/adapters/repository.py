@@ -24,14 +24,17 @@ class AdapterRepository:
     async def get(self, job_id: str) -> JobRow | None:
         if not is_id(job_id, "job"):
             return None
-        return await self._session.scalar(with_adapter().where(JobRow.id == job_id))
+        row: JobRow | None = await self._session.scalar(with_adapter().where(JobRow.id == job_id))
+        return row
 
     async def page(self, wanted: JobFilter, *, limit: int, after: Place | None) -> Sequence[JobRow]:
         """Newest first, from the row after a place in the list."""
-        return (await self._session.scalars(newest(wanted, limit=limit, after=after))).all()
+        statement = newest(wanted, limit=limit, after=after)
+        rows: Sequence[JobRow] = (await self._session.scalars(statement)).all()
+        return rows
 
 
-def with_adapter() -> Select[tuple[JobRow]]:
+def with_adapter() -> Select[JobRow]:
     return (
         select(JobRow)
         .options(load_only(*SHOWN, raiseload=True))
@@ -39,7 +42,7 @@ def with_adapter() -> Select[tuple[JobRow]]:
     )
 
 
-def newest(wanted: JobFilter, *, limit: int, after: Place | None) -> Select[tuple[JobRow]]:
+def newest(wanted: JobFilter, *, limit: int, after: Place | None) -> Select[JobRow]:
     statement = filtered(with_adapter(), wanted)
     if after:
         statement = statement.where(tuple_(JobRow.finished_at, JobRow.id) < after)

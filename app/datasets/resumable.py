@@ -139,10 +139,16 @@ class ResumableUploads:
             return None  # they are damaged, and the upload repairs that
         async with self._open(writes=True) as session:
             # Held, so that at every moment one of both rows keeps the bytes from being collected.
-            if await DatasetRepository(session).held_by_hash(wanted.sha256):
-                dataset, _ = await DatasetService(session).keep(wanted)
-                return dataset
-        return None
+            if await DatasetRepository(session).held_by_hash(wanted.sha256) is None:
+                return None
+            dataset, _ = await DatasetService(session).keep(wanted)
+            uploads = UploadRepository(session)
+            overtaken = await uploads.find(wanted.sha256)  # the bytes came by another way
+            if overtaken:
+                await uploads.remove(overtaken.id)
+        if overtaken:
+            await asyncio.to_thread(self._parts.forget, overtaken.folder)
+        return dataset
 
     async def _begun(self, sha256: str, filename: str, size: int) -> UploadRow | None:
         async with self._open(writes=True) as session:
