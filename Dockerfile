@@ -7,6 +7,7 @@
 #   --build-arg PYTHON_IMAGE=…           another base, such as a mirror's
 #   --build-arg TORCH_INDEX=…            where torch is fetched from, such as PyTorch's index of CPU builds;
 #                                        empty: pip's own index, whose torch on linux/amd64 comes with CUDA
+#   --build-arg COMMIT=$(git rev-parse HEAD)   shown by GET /version
 #   --secret id=pip_conf,src=pip.conf    pip's settings: a mirror and its password stay out of the image
 
 ARG PYTHON_IMAGE=python:3.11-slim-bookworm
@@ -85,8 +86,10 @@ FROM runtime AS api
 LABEL org.opencontainers.image.title="flatlora api" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=api-build /opt/flatlora /opt/flatlora
+ARG COMMIT=
 ENV FLATLORA_HOST=0.0.0.0 \
-    FLATLORA_PORT=8321
+    FLATLORA_PORT=8321 \
+    FLATLORA_COMMIT=$COMMIT
 EXPOSE 8321
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
     CMD ["python", "-c", "import http.client, os, sys; c = http.client.HTTPConnection('127.0.0.1', int(os.environ['FLATLORA_PORT']), timeout=4); c.request('GET', '/healthz'); sys.exit(c.getresponse().status != 200)"]

@@ -186,7 +186,7 @@ async def _write_session(request: Request) -> AsyncIterator[AsyncSession]:
     async with transaction(request, writes=True) as session:
         yield session
         if changed := _changed(request):
-            await _write_down(request, session, changed)
+            await write_down(request, session, changed)
         failpoint(Point.REQUEST_BEFORE_COMMIT)
     failpoint(Point.REQUEST_AFTER_COMMIT)
 
@@ -202,8 +202,11 @@ def _changed(request: Request) -> str | None:
     return changed
 
 
-async def _write_down(request: Request, session: AsyncSession, changed: str) -> None:
-    """Who did what, in the project that the session writes."""
+async def write_down(request: Request, session: AsyncSession, changed: str) -> None:
+    """Who did what, in the project that the session writes, in its transaction.
+
+    Sessions given by ``WriteSession`` do it by themselves.
+    """
     line = {
         "project": session.sync_session.info[PROJECT],
         "actor": request.state.principal.actor,

@@ -10,10 +10,15 @@
     │   ├── DatasetNotFound               dataset_not_found
     │   ├── KeyNotFound                   key_not_found
     │   ├── DeliveryNotFound              delivery_not_found
+    │   ├── UploadNotFound                upload_not_found
+    │   ├── AdapterNotFound               adapter_not_found
     │   └── FileNotInAdapter              file_not_in_adapter
     ├── MethodNotAllowed             405  method_not_allowed
     ├── Conflict                     409
     │   ├── IllegalTransition             illegal_transition
+    │   ├── DatasetInUse                  dataset_in_use
+    │   ├── OffsetMismatch                offset_mismatch
+    │   ├── UploadMismatch                upload_mismatch
     │   ├── AdapterNotReady               adapter_not_ready
     │   └── WebhookSecretUnreadable       webhook_secret_unreadable
     ├── TooLarge                     413  too_large
@@ -21,6 +26,7 @@
     ├── RangeNotSatisfiable          416  range_not_satisfiable
     ├── HostNotAllowed               421  host_not_allowed
     ├── InvalidRequest               422  invalid_request, or the code of its only fault
+    │   ├── HashMismatch                  hash_mismatch
     │   └── IdempotencyKeyReused          idempotency_key_reused
     └── NotReady                     503  not_ready
         ├── DatabaseUnavailable           database_unavailable
@@ -164,6 +170,26 @@ class DeliveryNotFound(NotFound):
         )
 
 
+class UploadNotFound(NotFound):
+    code = "upload_not_found"
+
+    def __init__(self, sha256: str) -> None:
+        super().__init__(
+            f"No upload of {sha256} has begun here, or it was forgotten after a day.",
+            f"Begin it with PUT /datasets/uploads/{sha256}.",
+        )
+
+
+class AdapterNotFound(NotFound):
+    code = "adapter_not_found"
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(
+            f"There is no adapter of a job {job_id!r}.",
+            "List the adapters with GET /adapters; a job has one when it has succeeded.",
+        )
+
+
 class FileNotInAdapter(NotFound):
     code = "file_not_in_adapter"
 
@@ -180,6 +206,27 @@ class Conflict(ServiceError):
 
 class IllegalTransition(Conflict):
     code = "illegal_transition"
+
+
+class DatasetInUse(Conflict):
+    code = "dataset_in_use"
+
+
+class OffsetMismatch(Conflict):
+    """``expected`` is also in the header ``Upload-Offset``."""
+
+    code = "offset_mismatch"
+
+    def __init__(self, found: int, expected: int) -> None:
+        super().__init__(
+            f"The part begins at {found}, and {expected} bytes are here.",
+            f"Go on with Upload-Offset: {expected}.",
+            headers={"Upload-Offset": str(expected)},
+        )
+
+
+class UploadMismatch(Conflict):
+    code = "upload_mismatch"
 
 
 class AdapterNotReady(Conflict):
@@ -241,6 +288,11 @@ class InvalidRequest(ServiceError):
         codes = {fault.code for fault in faults}
         if len(codes) == 1:
             self.code = codes.pop()
+
+
+class HashMismatch(ServiceError):
+    status = 422
+    code = "hash_mismatch"
 
 
 class IdempotencyKeyReused(ServiceError):

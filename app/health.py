@@ -2,7 +2,7 @@
 
 import asyncio
 import platform
-from typing import Literal
+from typing import Literal, Self
 
 import structlog
 from fastapi import APIRouter, Request
@@ -13,9 +13,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app import __version__
 from app.broker_health import BrokerState
+from app.datasets.uris import schemes
 from app.db import Database
 from app.errors import NotReady, problems
+from app.jobs.schemas import MAX_RANK, MAX_SIGMA
 from app.migrate import head
+from app.settings import Settings
 from app.storage import ArtifactStore
 
 log = structlog.get_logger()
@@ -34,10 +37,44 @@ class Readiness(Health):
     )
 
 
+class Features(BaseModel):
+    """What a client has to know of this service before it sends anything."""
+
+    mode: Literal["embedded", "cluster"] = Field(
+        description="One machine, or workers on several: there, paths are the workers' own."
+    )
+    auth: Literal["key", "none"] = Field(description="Whether requests need a key.")
+    dataset_schemes: list[str] = Field(description="Beginnings of `dataset_uri`.")
+    downloads: Literal["stream", "redirect"] = Field(
+        description="Files of adapters come from here, or by 307 from the store."
+    )
+    max_body_bytes: int = Field(description="Of a request that is no upload.")
+    max_dataset_bytes: int
+    max_part_bytes: int = Field(description="Of one part of `PATCH /datasets/uploads/{sha256}`.")
+    max_rank: int
+    max_sigma: float
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        return cls(
+            mode="cluster" if settings.is_cluster else "embedded",
+            auth=settings.auth,
+            dataset_schemes=schemes(settings),
+            downloads=settings.downloads,
+            max_body_bytes=settings.max_body_bytes,
+            max_dataset_bytes=settings.max_dataset_bytes,
+            max_part_bytes=settings.max_part_bytes,
+            max_rank=MAX_RANK,
+            max_sigma=MAX_SIGMA,
+        )
+
+
 class Version(BaseModel):
     version: str
-    api: int = 1
+    api: Literal["1"] = Field("1", description="Raised when what clients rely on changes.")
+    commit: str | None = Field(description="Of the code, where its builder has noted that.")
     python: str
+    features: Features
 
 
 @router.get("/healthz", summary="Does the process live?")
@@ -57,9 +94,15 @@ async def readyz(request: Request) -> Readiness:
     return Readiness(broker=await request.state.broker.state())
 
 
-@router.get("/version", summary="Which version is this?")
-async def version() -> Version:
-    return Version(version=__version__, python=platform.python_version())
+@router.get("/version", summary="Which version is this, and what can it do?")
+async def version(request: Request) -> Version:
+    settings: Settings = request.state.settings
+    return Version(
+        version=__version__,
+        commit=settings.commit or None,
+        python=platform.python_version(),
+        features=Features.of(settings),
+    )
 
 
 async def _check_database(database: Database) -> None:

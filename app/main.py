@@ -13,9 +13,12 @@ from app.access.authenticator import Authenticator
 from app.access.dependencies import require_access
 from app.access.shared_key import ensure_key
 from app.adapters import endpoints as adapters
+from app.adapters import list_endpoints as adapter_list
 from app.audit import endpoints as audit
 from app.broker_health import BrokerHealth
 from app.datasets import endpoints as datasets
+from app.datasets import upload_endpoints as uploads
+from app.datasets.resumable import Joins
 from app.datasets.uploads import forget_broken
 from app.db import ANSWER_SECONDS, Database, make_engine
 from app.errors import install_error_handlers
@@ -23,6 +26,7 @@ from app.jobs import endpoints as jobs
 from app.logs import configure_logs
 from app.middleware import BodyLimit, RequestLog, SameSite
 from app.models import endpoints as models
+from app.models.catalogue import Catalogue
 from app.openai_api import endpoints as openai_api
 from app.openapi import describe
 from app.periodic import Periodic
@@ -51,6 +55,8 @@ class State(TypedDict):
     """Sends webhooks."""
     broker: BrokerHealth
     metrics: metrics.Metrics
+    models: Catalogue
+    joins: Joins
 
 
 @contextmanager
@@ -84,6 +90,7 @@ def create_app(settings: Settings) -> FastAPI:
         authenticator = Authenticator(database, key)
         store = open_store(settings)
         forget_broken(settings.uploads_dir)
+        joins = Joins()
         try:
             with (
                 relaying as wakes,
@@ -92,9 +99,11 @@ def create_app(settings: Settings) -> FastAPI:
                 yield State(
                     settings=settings, database=database, store=store,
                     authenticator=authenticator, wakes=wakes, deliveries=deliveries,
-                    broker=broker, metrics=numbers,
+                    broker=broker, metrics=numbers, models=Catalogue(settings.model_roots),
+                    joins=joins,
                 )  # fmt: skip
         finally:
+            joins.close()
             await authenticator.close()
             await database.engine.dispose()
             await asyncio.to_thread(flush)
@@ -114,11 +123,15 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(health.router)
     app.include_router(metrics.router)
     for routes in (
-        jobs, adapters, datasets, models, workers, webhooks, keys, audit, openai_api
+        jobs, adapters, adapter_list, datasets, uploads, models, workers, webhooks, keys, audit,
+        openai_api,
     ):  # fmt: skip
         app.include_router(routes.router, dependencies=[Depends(require_access)])
     app.add_middleware(
-        BodyLimit, bytes=settings.max_body_bytes, upload_bytes=settings.max_upload_bytes
+        BodyLimit,
+        bytes=settings.max_body_bytes,
+        upload_bytes=settings.max_upload_bytes,
+        part_bytes=settings.max_part_bytes,
     )
     app.add_middleware(SameSite, hosts=settings.hosts)
     app.add_middleware(RequestLog, metrics=numbers)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import CrossSite, HostNotAllowed, ServiceError, respond, too_large
@@ -20,6 +21,7 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 PORT = re.compile(r":\d*$")
 READING = {"GET", "HEAD", "OPTIONS"}
 UPLOADS = {"/datasets", "/v1/files"}
+UPLOAD_PART = re.compile(r"/datasets/uploads/[^/]+")
 PROBES = {"/healthz", "/readyz", "/metrics"}
 UNMATCHED = "unmatched"  # of paths that no route knows: who scans for them makes no new series
 INTERNAL = ServiceError(
@@ -59,6 +61,8 @@ class RequestLog:
         with structlog.contextvars.bound_contextvars(**ids):
             try:
                 await self._app(scope, receive, send_with_id)
+            except ClientDisconnect:
+                log.info("the client has gone", path=scope["path"])
             except Exception:
                 log.exception("unhandled error", path=scope["path"])
                 if status:  # half of an answer has left: only a cut connection tells the client
@@ -90,17 +94,17 @@ class BodyLimit:
     Not FastAPI's ``max_body_size``: that one sends plain text in place of a problem.
     """
 
-    def __init__(self, app: ASGIApp, bytes: int, upload_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, bytes: int, upload_bytes: int, part_bytes: int) -> None:
         self._app = app
         self._bytes = bytes
         self._upload_bytes = upload_bytes
+        self._part_bytes = part_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
-        limit = self._upload_bytes if path in UPLOADS else self._bytes
+        limit = self._limit(scope)
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared[:20]) > limit:
             await respond(scope, too_large(limit))(scope, receive, send)
@@ -117,6 +121,14 @@ class BodyLimit:
             return message
 
         await self._app(scope, counting, send)
+
+    def _limit(self, scope: Scope) -> int:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path in UPLOADS:
+            return self._upload_bytes
+        if scope["method"] == "PATCH" and UPLOAD_PART.fullmatch(path):
+            return self._part_bytes
+        return self._bytes
 
 
 class SameSite:

@@ -19,6 +19,8 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
+from app.sources import Source
+
 if TYPE_CHECKING:
     from obstore import GetResult, ObjectMeta
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
@@ -62,10 +64,6 @@ MD5 = re.compile(r'"?([0-9a-f]{32}(?:-\d+)?)"?')
 
 class Outage(ConnectionError):
     """The store does not answer, or refuses. Later it may not."""
-
-
-class Changed(ValueError):
-    """A file was not, while it was stored, what it had been before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,42 +162,45 @@ class Objects:
     def is_local(self) -> bool:
         return isinstance(self.raw, LocalStore)
 
-    def put(self, key: str, path: Path, sha256: str) -> None:
-        """Store a file of this hash. Raises ``Changed``, and stores nothing, if it has another."""
-        size = path.stat().st_size
-        chunks = _checked(path, sha256)
-        body = chunks if size > PART else b"".join(chunks)
+    def put(self, key: str, source: Source, sha256: str) -> None:
+        """Store bytes of this hash. Raises ``Changed``, and stores nothing, if they have another.
+
+        An upload whose last chunk does not come is given up by the store.
+        """
+        chunks = source.checked(sha256)
         with outages():
-            obstore.put(self.raw, key, body, chunk_size=_part(size), max_concurrency=PARTS_AT_ONCE)
+            body = chunks if source.size > PART else b"".join(chunks)
+            obstore.put(
+                self.raw, key, body, chunk_size=_part(source.size), max_concurrency=PARTS_AT_ONCE
+            )
         self.sync(key)
 
-    def is_same(self, entry: Entry, path: Path, sha256: str) -> bool:
-        """Whether what is stored is this file.
+    def is_same(self, entry: Entry, source: Source, sha256: str) -> bool:
+        """Whether what is stored is what has this hash.
 
         A folder's files may have been torn by a power cut, so they are read. Another store keeps
         what it was given, and that was checked; what it says is enough: the size, and the MD5
         where it tells that. One that encrypts may tell another hash, and is given the file again.
         """
-        size = path.stat().st_size
-        if entry.size != size:
+        if entry.size != source.size:
             return False
         if not self.is_local:
             told = MD5.fullmatch(entry.etag or "")
-            return told is None or told[1] == _md5(path, size)
+            return told is None or told[1] == _md5(source)
         digest = hashlib.sha256()
         with suppress(FileNotFoundError):
             for chunk in self.stream(entry.key):
                 digest.update(chunk)
         return digest.hexdigest() == sha256
 
-    def refresh(self, key: str, path: Path, sha256: str) -> None:
+    def refresh(self, key: str, source: Source, sha256: str) -> None:
         """Make it young again."""
         if folder := self._folder:
             with suppress(FileNotFoundError):
                 os.utime(folder / key)
                 self.sync(key)
         else:
-            self.put(key, path, sha256)
+            self.put(key, source, sha256)
 
     def write(self, key: str, body: bytes) -> None:
         with outages():
@@ -229,6 +230,14 @@ class Objects:
         try:
             with outages():
                 return _entry(obstore.head(self.raw, key))
+        except FileNotFoundError:
+            return None
+
+    async def size_of(self, key: str) -> int | None:
+        try:
+            with outages():
+                async with asyncio.timeout(ANSWER_SECONDS):
+                    return (await obstore.head_async(self.raw, key))["size"]
         except FileNotFoundError:
             return None
 
@@ -315,27 +324,19 @@ def _part(size: int) -> int:
     return max(PART, -(-size // MOST_PARTS))
 
 
-def _checked(path: Path, sha256: str) -> Iterator[bytes]:
-    """A file's bytes. An upload whose last chunk does not come is given up by the store."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            yield chunk
-    if digest.hexdigest() != sha256:
-        raise Changed(
-            f"{path} has the hash {digest.hexdigest()}; expected {sha256}. It was changed "
-            "while it was stored: store it again."
-        )
-
-
-def _md5(path: Path, size: int) -> str:
+def _md5(source: Source) -> str:
     """As S3 names what ``put`` uploads: of an upload in parts, the hash of the parts' hashes."""
-    parts = []
-    with path.open("rb") as file:
-        while chunk := file.read(_part(size)):
-            parts.append(hashlib.md5(chunk, usedforsecurity=False))
-    if size <= PART:
-        return parts[0].hexdigest() if parts else hashlib.md5(usedforsecurity=False).hexdigest()
+    parts, room = [hashlib.md5(usedforsecurity=False)], _part(source.size)
+    for read in source.read():
+        chunk = memoryview(read)
+        while chunk:
+            if not room:
+                parts.append(hashlib.md5(usedforsecurity=False))
+                room = _part(source.size)
+            taken, chunk = chunk[:room], chunk[room:]
+            parts[-1].update(taken)
+            room -= len(taken)
+    if source.size <= PART:
+        return parts[0].hexdigest()
     whole = hashlib.md5(b"".join(part.digest() for part in parts), usedforsecurity=False)
     return f"{whole.hexdigest()}-{len(parts)}"

@@ -17,19 +17,21 @@ from sqlalchemy import (
     exists,
     false,
     func,
+    not_,
     select,
     text,
 )
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.orm import Session
 
+from app.datasets.parts import Parts, upload_of
 from app.db import now
 from app.garbage import TERMINAL, Candidates, references
 from app.ids import is_id
 from app.objects import Entry
 from app.settings import Settings
 from app.storage import ArtifactStore, Freed, freed, hash_of, make_private
-from app.tables import DatasetRow, IdempotencyRow, JobRow
+from app.tables import DatasetRow, IdempotencyRow, JobRow, UploadRow
 
 log = structlog.get_logger()
 
@@ -51,12 +53,17 @@ class Cleaned:
     """Of jobs that are gone, and checkpoints of those that are over."""
     blobs: Freed = field(default_factory=Freed)
     """Datasets' and adapters' files that nothing refers to."""
+    uploads: int = 0
+    """That have begun, and have not grown since."""
+    parts: Freed = field(default_factory=Freed)
+    """Of uploads that are gone."""
     unfinished: Freed = field(default_factory=Freed)
     """What killed writes have left."""
 
     @property
     def bytes(self) -> int:
-        return self.job_files.bytes + self.blobs.bytes + self.unfinished.bytes
+        found = (self.job_files, self.blobs, self.parts, self.unfinished)
+        return sum(freed.bytes for freed in found)
 
     def as_dict(self) -> dict[str, Any]:
         return {**asdict(self), "bytes": self.bytes}
@@ -82,7 +89,9 @@ class Retention:
             is_in_use = self._is_in_use()
             self._forget_jobs(cleaned)
             self._forget_keys(cleaned)
+            self._forget_uploads(cleaned)
             if is_in_use:
+                self._clear_parts(cleaned, before)
                 self._clear_jobs(cleaned, before)
                 self._collect_blobs(cleaned, before)
             cleaned.unfinished = self._store.forget_unfinished(before, dry_run=dry_run)
@@ -127,10 +136,40 @@ class Retention:
             assert isinstance(outcome, CursorResult)
             cleaned.idempotency_keys = outcome.rowcount
 
+    @property
+    def _stale(self) -> ColumnElement[bool]:
+        return UploadRow.updated_at < now(-self._settings.keep_unreferenced_hours * 3600)
+
+    def _forget_uploads(self, cleaned: Cleaned) -> None:
+        """The rows; a part that arrives now finds none, and is deleted by whoever brought it."""
+        if cleaned.dry_run:
+            with Session(self._reading) as session:
+                count = select(func.count()).select_from(UploadRow).where(self._stale)
+                cleaned.uploads = session.scalar(count) or 0
+            return
+        with Session(self._writing) as session, session.begin():
+            outcome = session.execute(delete(UploadRow).where(self._stale))
+            assert isinstance(outcome, CursorResult)
+            cleaned.uploads = outcome.rowcount
+
+    def _clear_parts(self, cleaned: Cleaned, before: datetime) -> None:
+        """The files of uploads without a row: stale ones, and those whose end was killed."""
+        for page in Parts(self._store).files():
+            old = [entry for entry in page if upload_of(entry) and entry.modified < before]
+            ids = {upload_of(entry) for entry in old}
+            with Session(self._reading) as session:
+                rows = select(UploadRow.id).where(UploadRow.id.in_(ids))
+                if cleaned.dry_run:
+                    rows = rows.where(not_(self._stale))
+                known = set(session.scalars(rows))
+            gone = [entry for entry in old if upload_of(entry) not in known]
+            cleaned.parts += freed(gone) if cleaned.dry_run else self._store.delete(gone)
+
     def _is_in_use(self) -> bool:
         """An empty database beside a full store is a wrong setting; nothing there is garbage."""
         with Session(self._reading) as session:
-            return bool(session.scalar(select(exists(JobRow.id) | exists(DatasetRow.id))))
+            tables = exists(JobRow.id) | exists(DatasetRow.id) | exists(UploadRow.id)
+            return bool(session.scalar(select(tables)))
 
     def _clear_jobs(self, cleaned: Cleaned, before: datetime) -> None:
         """Checkpoints of jobs that are over, and all of jobs that are gone.

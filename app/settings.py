@@ -111,6 +111,8 @@ class Settings(BaseSettings):
     max_dataset_bytes: PositiveInt = 4 << 30
     dataset_seconds: PositiveFloat = 3600
     """How long the worker may take to fetch one dataset from elsewhere."""
+    max_part_bytes: PositiveInt = 64 << 20
+    """Of a dataset that comes in several requests, what one of them may bring."""
 
     lease_seconds: PositiveFloat = 60
     heartbeat_seconds: PositiveFloat = 10
@@ -137,6 +139,8 @@ class Settings(BaseSettings):
     ``cpu``. The embedded worker has one slot, of all of them."""
     metrics_port: Annotated[int, Field(ge=0, le=65535)] = 0
     """Where a worker serves its Prometheus metrics; 0: nowhere."""
+    commit: str = ""
+    """Of the code, where whoever built it has noted that: only shown."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["auto", "json", "console"] = "auto"
     """``auto``: colours on a terminal, else a JSON object a line."""

@@ -3,6 +3,7 @@
 blobs/<first two hex digits>/<sha256>           a file, under its hash
 jobs/<job id>/manifest.json                     what a finished job consists of; written last, once
 jobs/<job id>/checkpoints/<fence>/<step>/<name> for a worker on another machine to go on from
+uploads/<project>/<sha256>/<upload id>/<name>   a part of an upload (app/datasets/parts.py)
 collecting/<first two hex digits>               there while unreferenced blobs are deleted
 """
 
@@ -20,11 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from obstore.store import LocalStore
 
-from app.objects import Changed as Changed
 from app.objects import Entry, Objects, connect, sync_path
 from app.objects import Outage as Outage
 from app.objects import sha256_of as sha256_of
 from app.settings import Settings
+from app.sources import Changed as Changed
+from app.sources import Source
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -100,6 +102,11 @@ class ArtifactStore:
         make_private(folder)
         return cls(LocalStore(prefix=folder, automatic_cleanup=True), refresh_after=refresh_after)
 
+    @property
+    def objects(self) -> Objects:
+        """For what lies there beside the files: it has a module of its own."""
+        return self._objects
+
     async def probe(self) -> None:
         """Raises ``Outage`` where nothing can be written."""
         await self._objects.write_async("probe", b"")
@@ -112,18 +119,27 @@ class ArtifactStore:
         that a row may say so.
         """
         digest = sha256 or sha256_of(path)
-        key = _blob(digest)
+        self.put(Source.file(path), digest)
+        return digest
+
+    def put(self, source: Source, sha256: str) -> bool:
+        """As ``put_file``. Whether the source was read to its end, and so has this hash.
+
+        Raises ``Changed`` if it was read and has another.
+        """
+        key, was_read = _blob(sha256), False
         while True:
             found = self._objects.find(key)
-            if not found or not self._objects.is_same(found, path, digest):
-                self._objects.put(key, path, digest)
+            if not found or not self._objects.is_same(found, source, sha256):
+                self._objects.put(key, source, sha256)
+                was_read = True
             elif datetime.now(UTC) - found.modified > self._refresh_after:
-                self._objects.refresh(key, path, digest)
+                self._objects.refresh(key, source, sha256)
             else:
                 self._objects.sync(key)
-                return digest
-            if self._survives(digest):
-                return digest
+                return was_read
+            if self._survives(sha256):
+                return was_read
 
     def _survives(self, sha256: str) -> bool:
         """Whether a blob is there once nobody collects around it: then it stays (``collect``)."""
@@ -175,6 +191,10 @@ class ArtifactStore:
         """A URL at the store itself, for a client without credentials."""
         return await self._objects.presigned(_blob(sha256), timedelta(seconds=seconds))
 
+    async def holds(self, sha256: str, size: int) -> bool:
+        """Whether a file of this hash lies there, whole as far as its size tells."""
+        return await self._objects.size_of(_blob(sha256)) == size
+
     def put_manifest(self, job_id: str, manifest: dict[str, Any]) -> dict[str, Any]:
         """Write the manifest of a job, or return the one that an earlier attempt has written."""
         key, body = _manifest(job_id), json.dumps(manifest, sort_keys=True).encode()
@@ -209,7 +229,8 @@ class ArtifactStore:
         files = []
         for path in sorted(folder.iterdir()):
             size, digest = path.stat().st_size, sha256_of(path)
-            self._objects.put(_checkpoint(job_id, fence, step, path.name), path, digest)
+            key = _checkpoint(job_id, fence, step, path.name)
+            self._objects.put(key, Source.file(path), digest)
             files.append({"name": path.name, "size": size, "sha256": digest})
         return files
 

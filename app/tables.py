@@ -1,5 +1,6 @@
 """The tables. The schema itself is made by the migrations alone; a test compares the two."""
 
+import re
 from datetime import UTC, datetime
 from typing import Any
 
@@ -78,6 +79,10 @@ class OfJob:
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"))
 
 
+HAS_ADAPTER = "CAST(adapter AS VARCHAR) <> 'null'"
+"""Of a job's row, in SQL: a dry run has left the JSON ``null`` there, which is not NULL.
+
+The databases use the index of adapters for a query that says it in the same words."""
 STATUS_VALUES = ", ".join(f"'{status}'" for status in Status)
 
 
@@ -103,6 +108,12 @@ class JobRow(Owned, Table):
             *("status", "fence", "webhook_seq", "id"),
             postgresql_where=text("webhook_seq IS NOT NULL"),
             sqlite_where=text("webhook_seq IS NOT NULL"),
+        ),
+        Index(
+            "ix_jobs_adapters",
+            *("project", "finished_at", "id"),
+            postgresql_where=text(HAS_ADAPTER),
+            sqlite_where=text(HAS_ADAPTER),
         ),
     )
 
@@ -236,6 +247,44 @@ class DatasetRow(Owned, Table):
     filename: Mapped[str]
     size: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[datetime]
+
+
+class UploadRow(Owned, Table):
+    """A dataset on its way in, part after part. The row goes when the dataset is there."""
+
+    __tablename__ = "uploads"
+    __table_args__ = (UniqueConstraint("project", "sha256"),)
+
+    id: Mapped[str] = mapped_column(primary_key=True)
+    sha256: Mapped[str]
+    """Of the whole, as the client has announced it."""
+    filename: Mapped[str]
+    size: Mapped[int] = mapped_column(BigInteger)
+    received: Mapped[int] = mapped_column(BigInteger)
+    """Bytes from the beginning that are stored: where the next part goes."""
+    created_at: Mapped[datetime]
+    updated_at: Mapped[datetime] = mapped_column(index=True)
+    """When it last grew, or was asked for."""
+
+    @property
+    def folder(self) -> str:
+        """In the store; the id makes it the only one, the rest is for who looks there."""
+        project = re.sub(r"[^A-Za-z0-9_-]", "_", self.project)
+        return f"{project}/{self.sha256}/{self.id}"
+
+
+class UploadPartRow(Table):
+    """A part that counts: of several for one place, the one whose row was written."""
+
+    __tablename__ = "upload_parts"
+
+    upload_id: Mapped[str] = mapped_column(
+        ForeignKey("uploads.id", ondelete="CASCADE"), primary_key=True
+    )
+    start: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    size: Mapped[int] = mapped_column(BigInteger)
+    name: Mapped[str]
+    """In the upload's folder."""
 
 
 class IdempotencyRow(Owned, Table):

@@ -44,9 +44,11 @@ def _show(cleaned: Cleaned) -> None:
     table = Table("would remove" if cleaned.dry_run else "removed", "", "", box=None)
     table.add_row("jobs", str(cleaned.jobs))
     table.add_row("idempotency keys", str(cleaned.idempotency_keys))
+    table.add_row("uploads that did not end", str(cleaned.uploads))
     for name, found in (
         ("checkpoints and manifests", cleaned.job_files),
         ("unreferenced files", cleaned.blobs),
+        ("parts of uploads", cleaned.parts),
         ("unfinished writes", cleaned.unfinished),
     ):
         table.add_row(name, str(found.files), decimal(found.bytes))

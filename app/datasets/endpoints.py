@@ -7,7 +7,9 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import FormData, UploadFile
 
-from app.datasets.schemas import Dataset, DatasetPage
+from app.datasets.digests import CONTENT, WHOLE, announced, malformed
+from app.datasets.repository import DatasetFilter
+from app.datasets.schemas import HASH, Dataset, DatasetPage
 from app.datasets.service import DatasetService
 from app.datasets.uploads import (
     SUFFIXES,
@@ -16,11 +18,14 @@ from app.datasets.uploads import (
     disposition_filename,
     media_type,
     receive,
+    refuse_encoding,
     safe_filename,
 )
 from app.db import ReadSession, WriteSession, note_change
 from app.errors import (
+    DatasetInUse,
     DatasetNotFound,
+    HashMismatch,
     InvalidRequest,
     TooLarge,
     Unauthenticated,
@@ -47,6 +52,8 @@ BODY = {
 class ListQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+    sha256: str | None = Field(None, pattern=HASH)
+    filename: str | None = Field(None, max_length=1024, pattern=r"^[^\x00]*$")
     limit: int = Field(20, ge=1, le=100)
     after: str | None = Field(
         None, pattern="^ds_[0-9a-f]{32}$", description="`next` of the page before."
@@ -59,26 +66,32 @@ class UploadQuery(BaseModel):
     filename: str | None = Field(
         None, max_length=1024, description="Its suffix tells the format: `rows.jsonl.gz`."
     )
+    sha256: str | None = Field(
+        None,
+        pattern=HASH,
+        description="The file's: it is refused if it arrives as another. "
+        "Without a form also as `Repr-Digest: sha-256=:…:`.",
+    )
 
 
 async def received(request: Request, query: Annotated[UploadQuery, Query()]) -> Upload:
     """The upload, stored, before a transaction is begun."""
     state, headers = request.state, request.headers
-    if headers.get("content-encoding", "identity").lower() != "identity":
-        raise UnsupportedMediaType(
-            "A body with a Content-Encoding is not taken.",
-            "Send a compressed file as it is: filename=rows.jsonl.gz, no Content-Encoding.",
-        )
+    refuse_encoding(headers)
+    digests = announced(headers, WHOLE, CONTENT)  # one and the same without an encoding
+    expected = digests | ({query.sha256} if query.sha256 else set())
     content_type = headers.get("content-type", "")
     if content_type.lower().startswith("multipart/form-data"):
+        if digests:
+            raise malformed(WHOLE, "it is of the form, and only the file in it is kept")
         async with request.form(max_files=1, max_fields=8) as form:
             file = _file_part(form)
             check_size(file.size or 0, state.settings)
             name = safe_filename(query.filename or file.filename or "", file.content_type or "")
-            return await receive(_chunks(file), name, state.settings, state.store)
+            return await receive(_chunks(file), name, expected, state.settings, state.store)
     given = query.filename or disposition_filename(headers.get("content-disposition", ""))
     name = safe_filename(given, media_type(content_type))
-    return await receive(request.stream(), name, state.settings, state.store)
+    return await receive(request.stream(), name, expected, state.settings, state.store)
 
 
 def _file_part(form: FormData) -> UploadFile:
@@ -100,7 +113,9 @@ async def _chunks(file: UploadFile) -> AsyncIterator[bytes]:
 @router.post(
     "",
     status_code=201,
-    responses=problems(Unauthenticated, TooLarge, UnsupportedMediaType, InvalidRequest)
+    responses=problems(
+        Unauthenticated, TooLarge, UnsupportedMediaType, InvalidRequest, HashMismatch
+    )
     | {200: {"model": Dataset, "description": "These bytes were here under this name already."}},
     openapi_extra={"requestBody": BODY},
     summary="Upload a dataset",
@@ -123,7 +138,8 @@ async def create_dataset(
     "", summary="List datasets, newest first", responses=problems(Unauthenticated, InvalidRequest)
 )
 async def list_datasets(session: ReadSession, query: Annotated[ListQuery, Query()]) -> DatasetPage:
-    return await DatasetService(session).list(limit=query.limit, after=query.after)
+    wanted = DatasetFilter(query.sha256, query.filename)
+    return await DatasetService(session).list(wanted, limit=query.limit, after=query.after)
 
 
 @router.get(
@@ -133,3 +149,14 @@ async def list_datasets(session: ReadSession, query: Annotated[ListQuery, Query(
 )
 async def get_dataset(dataset_id: str, session: ReadSession) -> Dataset:
     return await DatasetService(session).get(dataset_id)
+
+
+@router.delete(
+    "/{dataset_id}",
+    status_code=204,
+    summary="Remove a dataset",
+    responses=problems(Unauthenticated, DatasetNotFound, DatasetInUse),
+)
+async def delete_dataset(dataset_id: str, session: WriteSession) -> None:
+    """Not while a job that is not over names it. Its bytes go when nothing else needs them."""
+    await DatasetService(session).delete(dataset_id)

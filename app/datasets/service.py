@@ -3,10 +3,10 @@
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.datasets.repository import DatasetRepository
+from app.datasets.repository import DatasetFilter, DatasetRepository
 from app.datasets.schemas import Dataset, DatasetPage
 from app.datasets.uploads import Upload
-from app.errors import DatasetNotFound
+from app.errors import DatasetInUse, DatasetNotFound
 from app.ids import new_id
 from app.tables import DatasetRow
 
@@ -19,7 +19,7 @@ class DatasetService:
     async def keep(self, upload: Upload) -> tuple[Dataset, bool]:
         """The dataset with these bytes and this name, and whether it is new."""
         if known := await self._datasets.find(upload.sha256, upload.filename):
-            return _present(known), False
+            return present(known), False
         try:
             async with self._session.begin_nested():
                 row = await self._datasets.add(
@@ -33,30 +33,36 @@ class DatasetService:
             known = await self._datasets.find(upload.sha256, upload.filename)
             if known is None:
                 raise
-            return _present(known), False
-        return _present(row), True
+            return present(known), False
+        return present(row), True
 
     async def get(self, dataset_id: str) -> Dataset:
         row = await self._datasets.get(dataset_id)
         if row is None:
             raise DatasetNotFound(dataset_id)
-        return _present(row)
+        return present(row)
 
     async def delete(self, dataset_id: str) -> None:
         """The bytes stay until the garbage collection finds that nothing refers to them."""
-        await self.get(dataset_id)
+        if await self._datasets.lock(dataset_id) is None:
+            raise DatasetNotFound(dataset_id)
+        if users := await self._datasets.users(dataset_id):
+            raise DatasetInUse(
+                f"The dataset {dataset_id} is used by {', '.join(users)}, not over yet.",
+                "Wait until its jobs are over, or cancel them.",
+            )
         await self._datasets.delete(dataset_id)
 
-    async def list(self, *, limit: int, after: str | None) -> DatasetPage:
-        rows = await self._datasets.page(limit=limit + 1, after=after)
+    async def list(self, wanted: DatasetFilter, *, limit: int, after: str | None) -> DatasetPage:
+        rows = await self._datasets.page(wanted, limit=limit + 1, after=after)
         shown = rows[:limit]
         return DatasetPage(
-            items=[_present(row) for row in shown],
+            items=[present(row) for row in shown],
             next=shown[-1].id if len(rows) > limit else None,
         )
 
 
-def _present(row: DatasetRow) -> Dataset:
+def present(row: DatasetRow) -> Dataset:
     return Dataset(
         id=row.id,
         uri=f"dataset:{row.id}",

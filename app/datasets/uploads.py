@@ -4,11 +4,15 @@ import asyncio
 import hashlib
 import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
+from starlette.datastructures import Headers
+
+from app.datasets.digests import compare
 from app.datasets.names import MAX_FILENAME_BYTES
 from app.datasets.names import SUFFIXES as SUFFIXES
 from app.datasets.names import disposition_filename as disposition_filename
@@ -29,28 +33,54 @@ class Upload:
     sha256: str
 
 
-async def receive(
-    chunks: AsyncIterator[bytes], filename: str, settings: Settings, store: ArtifactStore
-) -> Upload:
-    """Take an upload in without holding it in memory; no database is held open meanwhile."""
-    make_private(settings.uploads_dir)
-    with tempfile.NamedTemporaryFile(dir=settings.uploads_dir) as file:
+@dataclass(frozen=True)
+class Spooled:
+    """Bytes that have arrived, in a file that goes with the block."""
+
+    path: Path
+    size: int
+    sha256: str
+
+
+@asynccontextmanager
+async def spooled(
+    chunks: AsyncIterator[bytes], folder: Path, check: Callable[[int], None]
+) -> AsyncIterator[Spooled]:
+    """Bytes as they arrive, on disk; ``check`` is told how many there are and may refuse more."""
+    make_private(folder)
+    with tempfile.NamedTemporaryFile(dir=folder) as file:
         size, digest = 0, hashlib.sha256()
         async for chunk in chunks:
             size += len(chunk)
-            check_size(size, settings)
+            check(size)
             digest.update(chunk)
             await asyncio.to_thread(file.write, chunk)
-        if size == 0:
+        file.flush()
+        yield Spooled(Path(file.name), size, digest.hexdigest())
+
+
+async def receive(
+    chunks: AsyncIterator[bytes],
+    filename: str,
+    expected: Collection[str],
+    settings: Settings,
+    store: ArtifactStore,
+) -> Upload:
+    """Take an upload in without holding it in memory; no database is held open meanwhile.
+
+    ``expected``: the hash that it must have, as often as the client has named one.
+    """
+    check = partial(check_size, settings=settings)
+    async with spooled(chunks, settings.uploads_dir, check) as file:
+        if file.size == 0:
             raise InvalidRequest(
                 "The dataset is empty.",
                 "Send the file's bytes, or a form with a part named file.",
                 faults=[Fault(pointer="", detail="no bytes", code="dataset_empty")],
             )
-        file.flush()
-        sha256 = digest.hexdigest()
-        await asyncio.to_thread(store.put_file, Path(file.name), sha256)
-    return Upload(filename, size, sha256)
+        compare(file.sha256, expected)
+        await asyncio.to_thread(store.put_file, file.path, file.sha256)
+    return Upload(filename, file.size, file.sha256)
 
 
 def check_size(size: int, settings: Settings) -> None:
@@ -67,6 +97,14 @@ def forget_broken(folder: Path) -> None:
         with suppress(OSError):
             if path.stat().st_mtime < time.time() - BROKEN_SECONDS:
                 path.unlink()
+
+
+def refuse_encoding(headers: Headers) -> None:
+    if headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType(
+            "A body with a Content-Encoding is not taken.",
+            "Send a compressed file as it is: filename=rows.jsonl.gz, no Content-Encoding.",
+        )
 
 
 def media_type(content_type: str) -> str:

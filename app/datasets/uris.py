@@ -46,6 +46,14 @@ class HubFile:
     path: str
 
 
+def schemes(settings: Settings) -> list[str]:
+    """Those that this service takes, as it is set up."""
+    buckets = {bucket.partition("://")[0] + ":" for bucket in settings.dataset_buckets}
+    closed = {"s3:", "gs:", "az:"} - buckets
+    found = [scheme for scheme in SCHEMES if scheme not in closed]
+    return [*found, "http:"] if settings.allow_http else found
+
+
 def check_dataset_uri(uri: str, settings: Settings) -> None:
     """Raises ``UriError`` where it cannot be fetched, as far as this machine alone can tell."""
     match uri.partition(":")[0]:

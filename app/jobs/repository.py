@@ -100,7 +100,7 @@ class JobRepository:
     ) -> Sequence[JobRow]:
         """Newest first, from the row after a place in the list; without their reports."""
         without_report = select(JobRow).options(defer(JobRow.report, raiseload=True))
-        statement = _filtered(without_report, wanted)
+        statement = filtered(without_report, wanted)
         if after:
             statement = statement.where(tuple_(JobRow.created_at, JobRow.id) < after)
         statement = statement.order_by(JobRow.created_at.desc(), JobRow.id.desc()).limit(limit)
@@ -160,7 +160,7 @@ class JobRepository:
         await self._session.flush()
 
 
-def _filtered(statement: Select[Any], wanted: JobFilter) -> Select[Any]:
+def filtered(statement: Select[Any], wanted: JobFilter) -> Select[Any]:
     if wanted.statuses:
         statement = statement.where(JobRow.status.in_(wanted.statuses))
     if wanted.base_model:

@@ -1,16 +1,15 @@
 """The rules of jobs: what may be submitted, and what may be asked of a job when."""
 
 import asyncio
-import base64
 import hashlib
 import json
-from contextlib import nullcontext, suppress
-from datetime import UTC, datetime
+from contextlib import nullcontext
 from typing import Any
 
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.cursors import cursor_of, place_of
 from app.datasets.repository import DatasetRepository
 from app.datasets.uris import check_dataset_uri
 from app.errors import (
@@ -196,7 +195,7 @@ class JobService:
     async def _check_uploads(self, spec: JobCreate) -> list[Fault]:
         faults = []
         for pointer, uri in _dataset_uris(spec):
-            if uri.startswith("dataset:") and not await self._datasets.get(
+            if uri.startswith("dataset:") and not await self._datasets.held(
                 uri.removeprefix("dataset:")
             ):
                 missing = UriError(
@@ -210,13 +209,13 @@ class JobService:
         return Job(**_summary(row, position), report=row.report)
 
     async def list(self, wanted: JobFilter, *, limit: int, after: str | None) -> JobPage:
-        place = _place(after) if after else None
+        place = place_of(after, "job") if after else None
         rows = await self._jobs.page(wanted, limit=limit + 1, after=place)
         shown = rows[:limit]
         positions = await places(self._session, shown)
         return JobPage(
             items=[JobSummary(**_summary(row, positions.get(row.id))) for row in shown],
-            next=_cursor(shown[-1]) if len(rows) > limit else None,
+            next=cursor_of((shown[-1].created_at, shown[-1].id)) if len(rows) > limit else None,
         )
 
 
@@ -288,23 +287,3 @@ def _fault(pointer: str, error: UriError) -> Fault:
 
 def _digest(spec: JobCreate) -> str:
     return hashlib.sha256(json.dumps(spec.stored(), sort_keys=True).encode()).hexdigest()
-
-
-def _cursor(row: JobRow) -> str:
-    text = f"{row.created_at.isoformat()} {row.id}"
-    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
-
-
-def _place(cursor: str) -> tuple[datetime, str]:
-    """The place in the list that a cursor names."""
-    with suppress(ValueError, OverflowError):
-        text = base64.urlsafe_b64decode(cursor + "=" * (-len(cursor) % 4)).decode()
-        moment, _, job_id = text.partition(" ")
-        created_at = datetime.fromisoformat(moment).astimezone(UTC)
-        if is_id(job_id, "job"):
-            return created_at, job_id
-    raise InvalidRequest(
-        f"{cursor!r} is not a cursor.",
-        "Pass `next` of an earlier page as it is.",
-        faults=[Fault(pointer="after", detail="not a cursor", code="cursor_malformed")],
-    )

@@ -1,12 +1,8 @@
 """Base models that a job may name."""
 
-import asyncio
-
 from fastapi import APIRouter, Request
 
 from app.errors import Unauthenticated, problems
-from app.jobs.schemas import MAX_RANK, MAX_SIGMA
-from app.models.folders import find_models
 from app.models.schemas import Limits, ModelList
 from app.settings import Settings
 
@@ -15,13 +11,10 @@ router = APIRouter(prefix="/models", tags=["models"])
 
 @router.get("", summary="List base models", responses=problems(Unauthenticated))
 async def list_models(request: Request) -> ModelList:
+    """A folder that has come or gone is seen within a few seconds."""
     settings: Settings = request.state.settings
     return ModelList(
-        items=await asyncio.to_thread(find_models, settings.model_roots),
+        items=await request.state.models.found(),
         hub=settings.hub_models,
-        limits=Limits(
-            max_rank=MAX_RANK,
-            max_sigma=MAX_SIGMA,
-            max_dataset_bytes=settings.max_dataset_bytes,
-        ),
+        limits=Limits(max_dataset_bytes=settings.max_dataset_bytes),
     )

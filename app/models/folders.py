@@ -2,26 +2,41 @@
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from app.models.schemas import BaseModelInfo
+from app.models.schemas import BaseModelInfo, ModelLimits
 from app.uris import UriError, file_uri, is_closed, resolve_model_folder
 
 MAX_DEPTH = 3
 MAX_FOLDERS = 2000  # looked into per root, so that a root such as a home folder stays quick
 MAX_HEADER_BYTES = 64 << 20
+READ = {"config.json", "tokenizer_config.json", "chat_template.jinja"}
 SKIPPED = {"node_modules", "site-packages", "__pycache__"}
 
 
-def find_models(roots: Sequence[Path]) -> list[BaseModelInfo]:
-    found = {model.id: model for root in roots for model in _below(root, roots)}
-    return [found[name] for name in sorted(found)]
+Signature = tuple[tuple[str, int, int], ...]
+"""Names, sizes and times of a folder's files: while it stays, so does what they say."""
+Described = dict[str, tuple[Signature, BaseModelInfo]]
+"""What was found of each model, by its URI."""
 
 
-def _below(root: Path, roots: Sequence[Path]) -> Iterator[BaseModelInfo]:
+def find_models(roots: Sequence[Path], described: Described) -> list[BaseModelInfo]:
+    """Those below the roots; ``described``, from the last time, spares reading, and is renewed."""
+    found: Described = {}
+    for root in roots:
+        found |= {entry[1].id: entry for entry in _below(root, roots, described)}
+    described.clear()
+    described.update(found)
+    return [found[name][1] for name in sorted(found)]
+
+
+def _below(
+    root: Path, roots: Sequence[Path], described: Described
+) -> Iterator[tuple[Signature, BaseModelInfo]]:
     waiting = [(root, 0)]
     for _ in range(MAX_FOLDERS):
         if not waiting:
@@ -29,7 +44,12 @@ def _below(root: Path, roots: Sequence[Path]) -> Iterator[BaseModelInfo]:
         folder, depth = waiting.pop(0)
         with suppress(OSError, ValueError, TypeError, UriError):  # no model, or a broken one
             uri = file_uri(folder)
-            yield _describe(uri, resolve_model_folder(uri, roots))
+            target = resolve_model_folder(uri, roots)
+            known, signature = described.get(uri), _signature(target)
+            if known and known[0] == signature:
+                yield known
+            else:
+                yield signature, _describe(uri, target)
             continue
         if depth < MAX_DEPTH and not is_closed(folder, roots):
             waiting += [(child, depth + 1) for child in _folders_in(folder)]
@@ -48,22 +68,31 @@ def _folders_in(folder: Path) -> list[Path]:
     return []
 
 
+def _signature(folder: Path) -> Signature:
+    with os.scandir(folder) as entries:
+        files = [(entry.name, entry.stat()) for entry in entries if entry.name in READ
+                 or entry.name.endswith(".safetensors")]  # fmt: skip
+    return tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files))
+
+
 def _describe(uri: str, folder: Path) -> BaseModelInfo:
     config = _read_object(folder / "config.json")
     text = config.get("text_config")
     if isinstance(text, dict):  # of a model that also sees or hears
         config = text | config
     weights = sorted(folder.glob("*.safetensors"))
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
     return BaseModelInfo(
         id=uri,
         source="folder",
         architecture=next(iter(config.get("architectures") or []), None),
         parameters=_parameters(weights),
         size_bytes=sum(path.stat().st_size for path in weights),
-        max_positions=config.get("max_position_embeddings") or config.get("n_positions"),
+        max_positions=positions,
         dtype=config.get("dtype") or config.get("torch_dtype"),
         has_chat_template=_has_chat_template(folder),
         vocabulary=config.get("vocab_size"),
+        limits=ModelLimits(max_length=positions),
     )
 
 

@@ -2,6 +2,17 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from app.jobs.schemas import MAX_RANK, MAX_SIGMA
+
+
+class ModelLimits(BaseModel):
+    max_length: int | None = Field(
+        description="Tokens of a row; of a longer one the rest is cut. null: its own "
+        "configuration does not say, or is not known here."
+    )
+    max_rank: int = MAX_RANK
+    max_sigma: float = MAX_SIGMA
+
 
 class BaseModelInfo(BaseModel):
     id: str = Field(description="What a job names it by.")
@@ -13,15 +24,21 @@ class BaseModelInfo(BaseModel):
     dtype: str | None
     has_chat_template: bool = Field(description="Without one it cannot be tuned on conversations.")
     vocabulary: int | None
+    limits: ModelLimits
 
 
 class Limits(BaseModel):
-    max_rank: int
-    max_sigma: float
+    """Of every job here, whichever its base model."""
+
+    max_rank: int = MAX_RANK
+    max_sigma: float = MAX_SIGMA
     max_dataset_bytes: int
 
 
 class ModelList(BaseModel):
     items: list[BaseModelInfo] = Field(description="Folders below the configured roots.")
     hub: list[str] = Field(description="Hub ids that may be named; * stands for anything.")
+    hub_limits: ModelLimits = Field(
+        default=ModelLimits(max_length=None), description="Of each model that `hub` lets in."
+    )
     limits: Limits

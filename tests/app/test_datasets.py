@@ -1,5 +1,6 @@
 """Uploads."""
 
+import base64
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -8,10 +9,16 @@ from typing import Any
 
 import httpx2
 import pytest
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
 
+from app.garbage import references
+from app.jobs.states import Status
 from app.settings import Settings
-from tests.app.conftest import make_settings
+from app.tables import DatasetRow, JobRow
+from tests.app.conftest import make_settings, serve
 from tests.app.service import Json, Service, faults, ok
+from tests.system.service import until
 
 ROWS = b'{"prompt": "1 + 1", "completion": "2"}\n'
 
@@ -190,10 +197,124 @@ class TestRefused:
         response = service.http.post(
             "/datasets?name=a.csv", content=ROWS, headers={"Content-Type": "text/csv"}
         )
-        assert "Known are filename." in faults(ok(response, 422))["name"]
+        assert "Known are filename, sha256." in faults(ok(response, 422))["name"]
+
+
+class TestHash:
+    """What a client says of its bytes is compared with what has arrived."""
+
+    def test_the_right_one_is_taken_and_a_wrong_one_leaves_nothing(self, service: Service) -> None:
+        right, wrong = hashlib.sha256(ROWS).hexdigest(), hashlib.sha256(b"").hexdigest()
+
+        def post(sha256: str, **headers: str) -> httpx2.Response:
+            names = {name.replace("_", "-"): value for name, value in headers.items()}
+            given = {"Content-Type": "text/csv"} | names
+            query = {"sha256": sha256} if sha256 else {}
+            return service.http.post("/datasets", params=query, content=ROWS, headers=given)
+
+        for refused in (
+            post(wrong),
+            post("", Repr_Digest=_digest(b"")),
+            post("", Content_Digest=_digest(b"")),
+            post(right, Repr_Digest=_digest(b"")),
+        ):
+            problem = ok(refused, 422)
+            assert problem["code"] == "hash_mismatch"
+            assert right in problem["detail"]
+            assert wrong in problem["detail"]
+        assert list(service.store.blobs()) in ([], [[]])
+        assert left_behind(service) == []
+        assert ok(post(right, Repr_Digest=_digest(ROWS)), 201)["sha256"] == right
+
+    def test_that_of_a_file_in_a_form(self, service: Service) -> None:
+        def post(sha256: str, **headers: str) -> httpx2.Response:
+            names = {name.replace("_", "-"): value for name, value in headers.items()}
+            files, query = {"file": ("a.csv", ROWS)}, {"sha256": sha256}
+            return service.http.post("/datasets", params=query, files=files, headers=names)
+
+        right = hashlib.sha256(ROWS).hexdigest()
+        assert ok(post("0" * 64), 422)["code"] == "hash_mismatch"
+        refused = ok(post(right, Repr_Digest=_digest(ROWS)), 422)
+        assert (refused["code"], "of the form" in refused["detail"]) == ("digest_malformed", True)
+        assert ok(post(right), 201)["sha256"] == right
+
+    @pytest.mark.parametrize("sha256", ["", "abc", "A" * 64, "0" * 65])
+    def test_what_is_none_is_refused(self, service: Service, sha256: str) -> None:
+        query = {"sha256": sha256, "filename": "a.csv"}
+        response = service.http.post(
+            "/datasets", params=query, content=ROWS, headers={"Content-Type": "text/csv"}
+        )
+        assert set(faults(ok(response, 422))) == {"sha256"}
+
+
+def _digest(content: bytes) -> str:
+    return f"sha-256=:{base64.b64encode(hashlib.sha256(content).digest()).decode()}:"
+
+
+class TestDelete:
+    def test_it_is_gone_and_its_bytes_are_garbage(self, any_service: Service) -> None:
+        dataset = ok(upload(any_service), 201)
+        other = ok(upload(any_service, name="other.jsonl"), 201)
+        path = f"/datasets/{dataset['id']}"
+        assert any_service.http.delete(path).status_code == 204
+        for method in ("GET", "DELETE"):
+            assert ok(any_service.http.request(method, path), 404)["code"] == "dataset_not_found"
+        needed = [page for page in references(any_service.engine, any_service.store) if page]
+        assert needed == [[dataset["sha256"]]]  # of the other name
+        assert any_service.http.delete(f"/datasets/{other['id']}").status_code == 204
+        assert not any(references(any_service.engine, any_service.store))
+
+    @pytest.mark.parametrize("by", ["dataset_uri", "validation_uri"])
+    def test_not_while_a_job_that_is_not_over_names_it(self, any_service: Service, by: str) -> None:
+        dataset = ok(upload(any_service), 201)
+        uri = dataset["uri"]
+        body = {"dataset_uri": uri} if by == "dataset_uri" else {"evaluation": {by: uri}}
+        job_id = any_service.submit(**body)["id"]
+        for status in (Status.QUEUED, Status.RUNNING, Status.PAUSED, Status.CANCELLING):
+            any_service.set(job_id, status=status)
+            problem = ok(any_service.http.delete(f"/datasets/{dataset['id']}"), 409)
+            assert (problem["code"], job_id in problem["detail"]) == ("dataset_in_use", True)
+        any_service.set(job_id, status=Status.FAILED)
+        assert any_service.http.delete(f"/datasets/{dataset['id']}").status_code == 204
+
+    def test_a_job_that_is_being_submitted_is_waited_for(
+        self, tmp_path: Path, migrated_postgres_url: str
+    ) -> None:
+        """Postgres; SQLite has one writer at a time."""
+
+        def waits() -> bool:
+            query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+            with watching.connect() as connection:
+                return bool(connection.exec_driver_sql(query).scalar())
+
+        for service in serve(make_settings(tmp_path, migrated_postgres_url)):
+            watching = service.engine
+            dataset = ok(upload(service), 201)
+            job_id = service.submit()["id"]
+            held = select(DatasetRow).with_for_update(read=True, key_share=True)
+            with ThreadPoolExecutor(1) as pool:
+                with Session(service.engine) as session, session.begin():
+                    session.execute(held)
+                    session.execute(update(JobRow).values(dataset_uri=dataset["uri"]))
+                    gone = pool.submit(service.http.delete, f"/datasets/{dataset['id']}")
+                    until(waits)
+                assert job_id in ok(gone.result(), 409)["detail"]
 
 
 class TestRead:
+    def test_those_with_a_hash_or_a_name(self, any_service: Service) -> None:
+        one = ok(upload(any_service, name="a.csv"), 201)
+        same = ok(upload(any_service, name="b.csv"), 201)
+        other = ok(upload(any_service, b"other", name="a.csv"), 201)
+
+        def found(**query: str) -> list[str]:
+            return [item["id"] for item in any_service.get("/datasets", **query)["items"]]
+
+        assert found(sha256=one["sha256"]) == [same["id"], one["id"]]
+        assert found(filename="a.csv") == [other["id"], one["id"]]
+        assert found(filename="a.csv", sha256=other["sha256"]) == [other["id"]]
+        assert found(sha256="0" * 64) == []
+
     def test_pages_hold_every_dataset_once_newest_first(self, any_service: Service) -> None:
         made = [ok(upload(any_service, name=f"{n}.csv"), 201)["id"] for n in range(5)]
         seen: list[str] = []
@@ -211,7 +332,9 @@ class TestRead:
         problem = ok(any_service.http.get(f"/datasets/{dataset_id}"), 404)
         assert problem["code"] == "dataset_not_found"
 
-    @pytest.mark.parametrize("query", ["after=x", "after=%00", "limit=0", "x=1"])
+    @pytest.mark.parametrize(
+        "query", ["after=x", "after=%00", "limit=0", "x=1", "sha256=x", "filename=%00"]
+    )
     def test_what_cannot_be_asked_is_422(self, service: Service, query: str) -> None:
         name: Any = query.partition("=")[0]
         assert set(faults(ok(service.http.get(f"/datasets?{query}"), 422))) == {name}

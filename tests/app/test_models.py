@@ -1,8 +1,18 @@
 """``GET /models``: what it finds in the folders, and what it leaves alone."""
 
+import asyncio
 import json
+import shutil
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
+from app.models.catalogue import Catalogue
+from app.models.folders import Described, find_models
+from app.models.schemas import BaseModelInfo
+from app.uris import Roots
 from tests.app.service import Service, make_model
 
 CONFIG = {
@@ -39,6 +49,7 @@ class TestModels:
             "dtype": "bfloat16",
             "has_chat_template": True,
             "vocabulary": 1000,
+            "limits": {"max_length": 512, "max_rank": 1024, "max_sigma": 1.0},
         }
 
     def test_every_id_can_be_submitted(self, service: Service) -> None:
@@ -80,5 +91,57 @@ class TestModels:
     def test_limits_and_the_hub(self, service: Service) -> None:
         answer = service.get("/models")
         assert answer["hub"] == ["*"]
+        assert answer["hub_limits"] == {"max_length": None, "max_rank": 1024, "max_sigma": 1.0}
         assert answer["limits"]["max_rank"] == 1024
         assert answer["limits"]["max_dataset_bytes"] == service.settings.max_dataset_bytes
+
+
+class TestCatalogue:
+    @pytest.fixture
+    def catalogue(self, tmp_path: Path) -> Catalogue:
+        return Catalogue(Roots([tmp_path], tmp_path / "closed"))
+
+    def test_many_who_ask_at_once_make_it_look_once(
+        self, catalogue: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        make_model(tmp_path / "a")
+        looks: list[object] = []
+
+        def counting(roots: Sequence[Path], described: Described) -> list[BaseModelInfo]:
+            looks.append(None)
+            return find_models(roots, described)
+
+        async def ask() -> list[list[BaseModelInfo]]:
+            return list(await asyncio.gather(*(catalogue.found() for _ in range(20))))
+
+        monkeypatch.setattr("app.models.catalogue.find_models", counting)
+        answers = asyncio.run(ask())
+        assert {tuple(model.id for model in answer) for answer in answers} == {
+            (f"file:{tmp_path / 'a'}",)
+        }
+        assert len(looks) == 1
+
+    def test_after_a_few_seconds_it_sees_what_has_come_and_gone(
+        self, catalogue: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        async def names() -> list[str]:
+            return [Path(model.id).name for model in await catalogue.found()]
+
+        make_model(tmp_path / "a")
+        first = time.monotonic()
+        assert asyncio.run(names()) == ["a"]
+        make_model(tmp_path / "b")
+        shutil.rmtree(tmp_path / "a")
+        monkeypatch.setattr("app.models.catalogue.time.monotonic", lambda: first + 60)
+        assert asyncio.run(names()) == ["b"]
+
+    def test_files_that_stay_are_not_read_again_and_changed_ones_are(self, tmp_path: Path) -> None:
+        roots = Roots([tmp_path], tmp_path / "closed")
+        folder = make_model(tmp_path / "a", config=json.dumps(CONFIG))
+        described: Described = {}
+        [first] = find_models(roots, described)
+        assert find_models(roots, described)[0] is first
+        (folder / "config.json").write_text(json.dumps(CONFIG | {"vocab_size": 2000}))
+        assert find_models(roots, described)[0].vocabulary == 2000
+        (folder / "chat_template.jinja").touch()
+        assert find_models(roots, described)[0].has_chat_template

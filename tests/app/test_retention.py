@@ -4,12 +4,14 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from hashlib import sha256
 from typing import Any
 
 import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from app.datasets.parts import Parts
 from app.db import make_engine
 from app.ids import new_id
 from app.jobs.states import Status
@@ -21,6 +23,8 @@ from app.tables import (
     IdempotencyRow,
     MetricRow,
     OutboxRow,
+    UploadPartRow,
+    UploadRow,
     WebhookDeliveryRow,
 )
 from tests.app.house import House, adapter, blob, dataset, environment, keeping
@@ -299,3 +303,48 @@ class TestRun:
         done = subprocess.run([sys.executable, "-c", script], env=environment(used), check=False)
         assert done.returncode == -9
         assert not used.clean().busy
+
+
+class TestUploads:
+    def upload(self, house: House, *, hours: float) -> str:
+        """One that has not grown for so long, with a part in the store; its folder there."""
+        then = datetime.now(UTC) - timedelta(hours=hours)
+        upload = UploadRow(
+            id=new_id("up"), project="a/b", sha256="0" * 64, filename="a.csv", size=9, received=4,
+            created_at=then, updated_at=then,
+        )  # fmt: skip
+        folder, part = upload.folder, UploadPartRow(upload_id=upload.id, start=0, size=4, name="0")
+        house.add(upload)
+        house.add(part)
+        self.part(house, folder, hours=hours)
+        return folder
+
+    def part(self, house: House, folder: str, *, hours: float) -> None:
+        house.scratch.write_bytes(b"part")
+        digest = sha256(b"part").hexdigest()
+        Parts(house.stored.store).put(folder, "0", house.scratch, digest)
+        house.stored.age(f"uploads/{folder}/0", hours=hours)
+
+    def test_one_that_has_not_grown_for_a_day_goes_with_its_parts(self, house: House) -> None:
+        self.upload(house, hours=25)
+        for is_dry in (True, False):
+            cleaned = house.clean(dry_run=is_dry)
+            assert (cleaned.uploads, cleaned.parts, cleaned.bytes) == (1, Freed(1, 4), 4)
+        assert house.stored.listed("uploads") == set()
+        assert (house.count(UploadRow), house.count(UploadPartRow)) == (0, 0)
+
+    def test_a_younger_one_stays_and_so_do_its_old_parts(self, used: House) -> None:
+        folder = self.upload(used, hours=23)
+        used.stored.age(f"uploads/{folder}/0", hours=30)
+        cleaned = used.clean()
+        assert (cleaned.uploads, cleaned.parts) == (0, Freed())
+        assert used.stored.listed("uploads") == {f"uploads/{folder}/0"}
+
+    def test_parts_of_no_upload_go_when_they_are_old(self, used: House) -> None:
+        """What was left where a server was killed between the dataset and their deletion."""
+        for hours in (25, 23):
+            self.part(used, f"p/{'0' * 64}/{new_id('up')}", hours=hours)
+        used.stored.store.objects.write("uploads/readme", b"")
+        used.stored.age("uploads/readme", hours=99)
+        assert used.clean().parts == Freed(1, 4)
+        assert len(used.stored.listed("uploads")) == 2

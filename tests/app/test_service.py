@@ -15,7 +15,7 @@ from app.logs import blot_secrets, configure_logs
 from app.main import create_app
 from app.migrate import downgrade
 from app.settings import Settings
-from tests.app.conftest import make_settings
+from tests.app.conftest import make_settings, serve
 from tests.app.service import Service, ok
 
 
@@ -66,7 +66,22 @@ class TestRequestId:
 class TestHealth:
     def test_health_and_version(self, service: Service) -> None:
         assert service.get("/healthz") == {"status": "ok"}
-        assert service.get("/version")["version"] == __version__
+        found = service.get("/version")
+        assert (found["version"], found["api"], found["commit"]) == (__version__, "1", None)
+
+    def test_the_version_says_what_this_service_can(
+        self, tmp_path: Path, migrated_sqlite_url: str
+    ) -> None:
+        values = {"commit": "c0ffee", "auth": "key", "max_part_bytes": 5, "max_dataset_bytes": 9}
+        for service in serve(make_settings(tmp_path, migrated_sqlite_url, **values)):
+            found = service.get("/version")  # asks for no key
+            assert found["commit"] == "c0ffee"
+            assert found["features"] == {
+                "mode": "embedded", "auth": "key",
+                "dataset_schemes": ["file:", "dataset:", "https:", "hf:"],
+                "downloads": "stream", "max_body_bytes": 1 << 20, "max_dataset_bytes": 9,
+                "max_part_bytes": 5, "max_rank": 1024, "max_sigma": 1.0,
+            }  # fmt: skip
 
     def test_ready(self, any_service: Service) -> None:
         assert any_service.get("/readyz") == {"status": "ok", "broker": None}
@@ -134,3 +149,27 @@ class TestLog:
     def test_ordinary_words_stay(self) -> None:
         event = {"event": "hf_hub flk_ bearer of news", "number": 3}
         assert blot_secrets(None, "", dict(event)) == event | {"event": "hf_hub flk_ [secret] news"}
+
+
+class TestHead:
+    def test_whatever_carries_an_etag_answers_to_head(self, service: Service) -> None:
+        """The document names no HEAD: it is the same as GET, without a body."""
+        job_id = service.finished()["id"]
+        names = {"job_id": job_id, "file": "README.md", "dataset_id": "x", "sha256": "0" * 64}
+        found, missing = set[str](), set[str]()
+        for path, operations in service.get("/openapi.json")["paths"].items():
+            url = path.format(**names)
+            if "get" not in operations or "etag" not in (got := service.http.get(url)).headers:
+                continue
+            head = service.http.head(url)
+            if head.status_code == 405:
+                missing.add(path)
+                continue
+            found.add(path)
+            assert (head.status_code, head.content) == (200, b"")
+            for name in ("etag", "content-length", "content-type"):
+                assert head.headers[name] == got.headers[name]
+            again = service.http.head(url, headers={"If-None-Match": got.headers["etag"]})
+            assert again.status_code == 304
+        assert found >= {"/jobs/{job_id}/adapter", "/jobs/{job_id}/adapter/{file}"}
+        assert missing <= {"/jobs/{job_id}"}

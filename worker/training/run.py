@@ -211,6 +211,7 @@ def _result(this_run: Run, state: State, place: Place) -> dict[str, Any]:
     trainable, parameters = this_run.model.get_nb_trainable_parameters()  # as 4 bits are packed
     order = RowOrder(lengths_of(this_run.train), job.training, job.seed)
     return {
+        "base_model_revision": job.base_model.revision,
         "held_out": {
             "rows": len(this_run.held_out),
             "tokens": int(targets_of(this_run.held_out).sum()),
