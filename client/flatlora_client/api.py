@@ -74,9 +74,12 @@ class Api:
             failures += 1
             now = time.monotonic()
             deadline = min(deadline, now + retries.seconds)
+            left = deadline - now
             asked_for = failure.retry_after if isinstance(failure, APIError) else None
             pause = retries.pause(failures, asked_for)
-            if not may_repeat or failures > retries.most or now + pause > deadline:
+            if retries.is_patient and left > 0:
+                pause = min(pause, left)
+            if not may_repeat or failures > retries.most or pause > left:
                 raise failure
             if on_failure:
                 on_failure(failure)

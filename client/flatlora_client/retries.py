@@ -21,14 +21,15 @@ class Retries:
     seconds: float = 120
     first_pause: float = 0.5
     longest_pause: float = 8
-    after_any_server_error: bool = False
+    is_patient: bool = False
+    """Whether an ill service is waited for like a busy one, and asked once more at the very end."""
 
     def concern(self, request: Request, response: httpx2.Response) -> bool:
         """Whether this answer may be another one later."""
         status = response.status_code
         if not request.is_repeatable:
             return status in NOT_TAKEN
-        return status in BUSY or (self.after_any_server_error and status >= 500)
+        return status in BUSY or (self.is_patient and status >= 500)
 
     def forgive(self, request: Request, error: httpx2.RequestError) -> bool:
         """Whether sending it again may help, and can do no harm."""

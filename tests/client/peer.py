@@ -77,9 +77,22 @@ class Peer:
     elsewhere: str = ""
     """Where files of adapters are redirected to."""
     more: dict[str, Handler] = field(default_factory=dict)
+    changes: list[tuple[str, int, Callable[[], object]]] = field(default_factory=list)
 
     def fail(self, route: str, **how: Any) -> None:
         self.faults.append(Fault(route, **how))
+
+    def when(self, route: str, change: Callable[[], object], *, of: int) -> None:
+        """Make a change as the request arrives that is this one of its kind, counted from 1."""
+        self.changes.append((route, of, change))
+
+    def answer(self, route: str, body: Any, status: int = 200) -> None:
+        """What a route answers that has no state here."""
+
+        async def handler(request: Request) -> Response:
+            return Response(status_code=204) if body is None else JSONResponse(body, status)
+
+        self.more[route] = handler
 
     def asked(self, route: str) -> list[Seen]:
         """The requests to ``METHOD /path``, in which * stands for one part."""
@@ -293,6 +306,10 @@ class Faulty:
             pair.split("=", 1) for pair in scope["query_string"].decode().split("&") if pair
         )
         self.peer.seen.append(Seen(scope["method"], scope["path"], query, headers))
+        for route, count, change in self.peer.changes:
+            is_it = _matches(route, scope["method"], scope["path"])
+            if is_it and len(self.peer.asked(route)) == count:
+                change()
         fault = self._due(scope)
         if fault is None:
             await self.app(scope, receive, send)

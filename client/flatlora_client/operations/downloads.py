@@ -43,8 +43,16 @@ def download(
         _check_name(file.name)
     yield from do(partial(target.mkdir, parents=True, exist_ok=True))
     tally = _Tally(sum(file.size for file in files), progress)
+    missing = []
     for file in files:
-        yield from _File(api, found.id, file, target / file.name, tally).fetch()
+        item = _File(api, found.id, file, target / file.name, tally)
+        if not (yield from item.is_there()):
+            missing.append(item)
+    # Until all are there, some .part is: the folder shows that it is not finished.
+    for item in missing:
+        yield from do(item.part.touch)
+    for item in missing:
+        yield from item.fetch()
     return target
 
 
@@ -86,33 +94,29 @@ class _File:
         self._path = path_of("jobs", job_id, "adapter", file.name)
         self._file = file
         self._target = target
-        self._part = target.with_name(target.name + ".part")
+        self.part = target.with_name(target.name + ".part")
         self._tally = tally
+
+    def is_there(self) -> Flow[bool]:
+        """Whether it has been fetched before."""
+        found = yield from do(partial(is_whole, self._target, self._file))
+        if found:
+            self._tally.add(self._file.size)
+        return found
 
     def fetch(self) -> Flow[None]:
         file = self._file
-        if (yield from do(self._is_there)):
-            self._tally.add(file.size)
-            return
         was_resumed = yield from self._fetch_part()
-        found = yield from do(partial(sha256_of, self._part))
+        found = yield from do(partial(sha256_of, self.part))
         if found != file.sha256 and was_resumed:
             # What was left from before may have been of another adapter: once more, from the start.
             yield from self._start_anew()
             yield from self._fetch_part()
-            found = yield from do(partial(sha256_of, self._part))
+            found = yield from do(partial(sha256_of, self.part))
         if found != file.sha256:
-            yield from do(self._part.unlink)
+            yield from do(self.part.unlink)
             raise HashMismatch(file.name, expected=file.sha256, found=found)
-        yield from do(partial(self._part.replace, self._target))
-
-    def _is_there(self) -> bool:
-        try:
-            if self._target.stat().st_size != self._file.size:
-                return False
-        except FileNotFoundError:
-            return False
-        return sha256_of(self._target) == self._file.sha256
+        yield from do(partial(self.part.replace, self._target))
 
     def _fetch_part(self) -> Flow[bool]:
         """Returns whether some of it was there before."""
@@ -150,7 +154,7 @@ class _File:
         if start and not _continues(stream.response, start):
             yield from self._start_anew()
             start = 0
-        with self._part.open("ab") as out:
+        with self.part.open("ab") as out:
             start = yield from self._append(stream, start, out)
             yield from do(partial(_settle, out))
         yield Close(stream)
@@ -181,19 +185,19 @@ class _File:
 
     def _refuse(self, stream: Stream, size: int) -> Flow[None]:
         yield Close(stream)
-        yield from do(self._part.unlink)
+        yield from do(self.part.unlink)
         raise UnexpectedAnswer(
             f"{self._file.name}: found {size} bytes or more, expected {self._file.size}"
         )
 
     def _start_anew(self) -> Flow[None]:
         size = yield from do(self._size)
-        yield from do(partial(self._part.unlink, missing_ok=True))
+        yield from do(partial(self.part.unlink, missing_ok=True))
         self._tally.add(-size)
 
     def _size(self) -> int:
         try:
-            return self._part.stat().st_size
+            return self.part.stat().st_size
         except FileNotFoundError:
             return 0
 
@@ -207,6 +211,16 @@ def _settle(out: BinaryIO) -> None:
     """Before a file gets its name it is on the disk."""
     out.flush()
     os.fsync(out.fileno())
+
+
+def is_whole(path: Path, file: AdapterFile) -> bool:
+    """Whether this is the file that was published."""
+    try:
+        if path.stat().st_size != file.size:
+            return False
+    except FileNotFoundError:
+        return False
+    return sha256_of(path) == file.sha256
 
 
 def sha256_of(path: Path) -> str:

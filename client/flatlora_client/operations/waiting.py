@@ -63,7 +63,7 @@ class _Watch:
             most=float("inf"),
             seconds=options.get("patience", 300),
             longest_pause=5,
-            after_any_server_error=True,
+            is_patient=True,
         )
         timeout = options.get("timeout")
         self._timeout = float("inf") if timeout is None else timeout
