@@ -75,7 +75,7 @@ def watch(client: FlatLora, job_id: str, *, events_after: int | None = None) -> 
     job = client.jobs.get(job_id)
     if job.is_over:
         return job.raw
-    with Happenings(client, job_id, events_after), progress_of(job.raw) as show:
+    with progress_of(job.raw) as show, Happenings(client, job_id, events_after):
         return until_over(client, job_id, show)
 
 

@@ -147,6 +147,14 @@ def test_so_does_the_time_that_was_given(peer: Peer, connect: Connect) -> None:
     assert 0.2 <= time.monotonic() - began_at < 5
 
 
+def test_an_outage_does_not_lengthen_it(peer: Peer, connect: Connect) -> None:
+    peer.fail("GET /jobs/*", status=503, times=1000)
+    began_at = time.monotonic()
+    with pytest.raises(ServerError):
+        connect(peer.url).jobs.wait("j", timeout=0.3)
+    assert time.monotonic() - began_at < 5
+
+
 def test_a_failure_is_raised_with_its_reason(peer: Peer, connect: Connect) -> None:
     failure = {"reason": "loss_diverged", "message": "NaN.", "hint": "Lower sigma."}
     job_id = peer.add_job(status="failed", failure=failure)["id"]

@@ -59,12 +59,7 @@ class _Watch:
         self._progress = options.get("progress")
         self._on_outage = options.get("on_outage")
         self._poll_seconds = options.get("poll_seconds", 0.5)
-        self._retries = Retries(
-            most=float("inf"),
-            seconds=options.get("patience", 300),
-            longest_pause=5,
-            is_patient=True,
-        )
+        self._patience = options.get("patience", 300)
         timeout = options.get("timeout")
         self._timeout = float("inf") if timeout is None else timeout
         self._began_at = time.monotonic()
@@ -81,20 +76,21 @@ class _Watch:
         assert job is not None  # nothing was known before
         self._tell(job)
         while not job.is_over:
-            left = self._timeout - (time.monotonic() - self._began_at)
-            if left <= 0:
+            if self._left() <= 0:
                 raise WaitTimeout(job, self._timeout)
-            asked_at, hold = time.monotonic(), min(HOLD_SECONDS, left)
-            news = yield from self._ask(hold)
+            asked_at = time.monotonic()
+            news = yield from self._ask(hold=min(HOLD_SECONDS, self._left()))
             if news:
                 job, pause = news, self._poll_seconds
                 self._tell(job)
             if not job.is_over:
                 rest = pause - (time.monotonic() - asked_at)
-                left = self._timeout - (time.monotonic() - self._began_at)
-                yield Sleep(max(0, min(rest, left)))
+                yield Sleep(max(0, min(rest, self._left())))
                 pause = min(LONGEST_POLL_SECONDS, 1.5 * pause)
         return job
+
+    def _left(self) -> float:
+        return self._timeout - (time.monotonic() - self._began_at)
 
     def _tell(self, job: JobData) -> None:
         if self._progress:
@@ -110,13 +106,21 @@ class _Watch:
             answer_seconds=hold + ANSWER_SECONDS,
         )
         response = yield from self._api.send(
-            request, retries=self._retries, on_failure=self._note_outage
+            request, retries=self._retries(), on_failure=self._note_outage
         )
         self._is_ill = False
         if response.status_code == 304:
             return None
         self._etag = response.headers.get("etag")
         return read(JobData, self._api.object(self._api.url, response))
+
+    def _retries(self) -> Retries:
+        return Retries(
+            most=float("inf"),
+            seconds=max(0, min(self._patience, self._left())),
+            longest_pause=5,
+            is_patient=True,
+        )
 
     def _note_outage(self, failure: FlatLoraError) -> None:
         if self._on_outage and not self._is_ill:
