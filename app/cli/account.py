@@ -10,7 +10,7 @@ from rich.text import Text
 
 from app.cli.client import Json, connected
 from app.cli.history import show_table
-from app.cli.options import After, AsJson, PageSize
+from app.cli.options import AsJson
 from app.cli.output import out, print_json
 
 models = typer.Typer(no_args_is_help=True, help="Base models that jobs may name.")
@@ -46,16 +46,22 @@ def quota(as_json: AsJson = False) -> None:
     show_answer(found, as_json=as_json)
 
 
-def audit(limit: PageSize = 20, after: After = None, as_json: AsJson = False) -> None:
+def audit(
+    action: Annotated[str | None, typer.Option(help="Such as create_job.")] = None,
+    changed: Annotated[str | None, typer.Option("--object", help="Id of what was changed.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000)] = 20,
+    before: Annotated[str | None, typer.Option(help="Cursor of the next page.")] = None,
+    as_json: AsJson = False,
+) -> None:
     """Show who changed what, newest first. For admins."""
     with connected(as_json=as_json) as client:
-        page = client.audit.page(limit=limit, after=after)
+        page = client.audit.page(action=action, object=changed, limit=limit, before=before)
     if as_json:
         print_json(page.raw)
         return
     show_table([event.raw for event in page.items], "nothing was changed yet")
     if page.next:
-        out.print(f"more: flatlora audit --after {page.next}", highlight=False)
+        out.print(f"more: flatlora audit --before {page.next}", highlight=False)
 
 
 @webhooks.command("test")

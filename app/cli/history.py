@@ -20,6 +20,7 @@ Follow = Annotated[
 AfterNumber = Annotated[int, typer.Option("--after", min=0, help="Number of the last one seen.")]
 
 CURVES = ("loss", "learning_rate", "sigma", "grad_norm", "tokens_per_second", "token_accuracy")
+YES_OR_NO = {True: "yes", False: "no", None: ""}
 
 
 @contextmanager
@@ -100,13 +101,17 @@ def checkpoints(job_id: JobId, as_json: AsJson = False) -> None:
     if as_json:
         print_json({"items": [checkpoint.raw for checkpoint in found]})
         return
-    table = Table("step", "loss", "size", "verified", "created", box=None)
+    table = Table("step", "loss", "held-out loss", "size", "verified", "kept", "created", box=None)
     for checkpoint in found:
-        size = decimal(checkpoint.size) if checkpoint.size is not None else ""
-        verified = {True: "yes", False: "no", None: ""}[checkpoint.verified]
-        created = checkpoint.raw.get("created_at") or ""
-        loss = _number(checkpoint.loss)
-        table.add_row(str(checkpoint.step), loss, size, verified, created)
+        table.add_row(
+            str(checkpoint.step),
+            _number(checkpoint.loss),
+            _number(checkpoint.held_out_loss),
+            decimal(checkpoint.size) if checkpoint.size is not None else "",
+            YES_OR_NO[checkpoint.verified],
+            YES_OR_NO[checkpoint.kept],
+            checkpoint.raw.get("created_at") or "",
+        )
     out.print(table if found else "no checkpoints yet")
 
 

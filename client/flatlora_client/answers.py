@@ -118,8 +118,12 @@ class Checkpoint(Answer):
 
     step: int
     loss: float | None = None
+    held_out_loss: float | None = None
     size: int | None = None
     verified: bool | None = None
+    """Whether its files were read back and are what was written."""
+    kept: bool | None = None
+    """Whether it is still there."""
     created_at: datetime | None = None
 
 
@@ -224,6 +228,7 @@ class Key(Answer):
     role: str | None = None
     """viewer, submitter or admin."""
     created_at: datetime | None = None
+    created_by: str | None = None
     expires_at: datetime | None = None
     last_used_at: datetime | None = None
     revoked_at: datetime | None = None
@@ -266,6 +271,6 @@ class Page(Generic[T]):
     """A part of a list."""
 
     items: tuple[T, ...]
-    next: str | None
-    """Where more follows: pass it as ``after``."""
+    next: str | int | None
+    """Where more follows: pass it as ``after``, or of audit events as ``before``."""
     raw: dict[str, Any] = field(repr=False)

@@ -122,29 +122,39 @@ class Api:
         """One thing of the service's."""
         return read(kind, (yield from self.json(Request("GET", path, given(params)))))
 
-    def items(self, kind: type[A], path: str, **params: Any) -> Flow[tuple[A, ...]]:
-        """A list that has no pages."""
-        found = yield from self.json(Request("GET", path, given(params)))
-        return read_items(kind, found)
+    def items(self, kind: type[A], path: str) -> Flow[tuple[A, ...]]:
+        """The whole of a list that is not long, from all of its pages."""
+        found: list[A] = []
+        after = None
+        while True:
+            page = yield from self.page(kind, path, {"after": after})
+            found += page.items
+            if page.next is None or page.next == after:
+                return tuple(found)
+            after = page.next
 
     def page(self, kind: type[A], path: str, params: Mapping[str, Any]) -> Flow[Page[A]]:
         """A part of a list that has pages."""
         found = yield from self.json(Request("GET", path, given(params)))
         return Page(read_items(kind, found), found.get("next"), found)
 
-    def pages(self, kind: type[A], path: str, params: Mapping[str, Any]) -> Items[A]:
+    def pages(
+        self, kind: type[A], path: str, params: Mapping[str, Any], *, cursor: str = "after"
+    ) -> Items[A]:
         """All of a list that has pages, fetched as it is iterated over."""
-        return Items(self._pages(kind, path, params))
+        return Items(self._pages(kind, path, params, cursor))
 
-    def _pages(self, kind: type[A], path: str, params: Mapping[str, Any]) -> Flow[None]:
-        after = params.get("after")
+    def _pages(
+        self, kind: type[A], path: str, params: Mapping[str, Any], cursor: str
+    ) -> Flow[None]:
+        place = None
         while True:
-            page = yield from self.page(kind, path, {**params, "after": after})
+            page = yield from self.page(kind, path, {**params, cursor: place})
             for item in page.items:
                 yield Emit(item)
-            if page.next is None or page.next == after:
+            if page.next is None or page.next == place:
                 return
-            after = page.next
+            place = page.next
 
     def post(
         self,

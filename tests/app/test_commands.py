@@ -102,11 +102,11 @@ class TestJobs:
         assert [row.split() for row in rows] == [["2", "train", "0.5"], ["3", "train", "0.3333"]]
 
     def test_its_checkpoints(self, peer: Peer, flatlora: Run) -> None:
-        found = [{"step": 5, "loss": 1.25, "size": 2000, "verified": True, "created_at": None}]
+        found = [{"step": 5, "loss": 1.25, "size": 2000, "verified": True, "kept": False}]
         peer.answer(f"GET /jobs/{JOB}/checkpoints", {"items": found})
         assert printed(flatlora("jobs", "checkpoints", JOB, "--json")) == {"items": found}
         last = shown(flatlora("jobs", "checkpoints", JOB)).splitlines()[-1]
-        assert last.split() == ["5", "1.25", "2.0", "kB", "yes"]
+        assert last.split() == ["5", "1.25", "2.0", "kB", "yes", "no"]
 
     def test_its_messages(self, peer: Peer, flatlora: Run) -> None:
         found = [{"id": "dlv_1", "status": "failed", "event": "job.succeeded", "attempts": 3}]
@@ -235,11 +235,11 @@ class TestTheRest:
             line.split() for line in shown(flatlora("quota")).splitlines()
         ]
         event = {"id": 7, "action": "create_job", "actor": "ci", "object": JOB, "request_id": "r"}
-        peer.answer("GET /audit", {"items": [event], "next": "7"})
+        peer.answer("GET /audit", {"items": [event], "next": 7})
         assert printed(flatlora("audit", "--json"))["items"] == [event]
         listed = shown(flatlora("audit", "--limit", "1"))
         assert "create_job" in listed
-        assert "more: flatlora audit --after 7" in listed
+        assert "more: flatlora audit --before 7" in listed
 
     def test_webhooks(self, peer: Peer, flatlora: Run) -> None:
         peer.answer("POST /webhooks/test", {"status": 200})

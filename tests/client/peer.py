@@ -169,6 +169,9 @@ class Peer:
     async def list_events(self, request: Request) -> Response:
         after = int(request.headers.get("last-event-id") or request.query_params["after"])
         if self.streams and "text/event-stream" in request.headers["accept"]:
+            job = self.jobs[request.path_params["id"]]
+            if job["status"] in OVER and after >= len(self.events):
+                return Response(status_code=204)
             return StreamingResponse(
                 self._stream(after, self.jobs[request.path_params["id"]]),
                 media_type="text/event-stream",
@@ -182,6 +185,7 @@ class Peer:
             for event in self.events[after:]:
                 data = json.dumps(event)
                 yield f"id: {event['seq']}\nevent: {event['type']}\ndata: {data}\n\n"
+                yield 'event: progress\ndata: {"step": 1}\n\n'
                 after, sent = event["seq"], sent + 1
                 if event["type"].removeprefix("job.") in OVER:
                     return

@@ -82,6 +82,16 @@ def test_after_the_last_event_there_is_an_end_too(
     assert list(client.jobs.events(job_id, follow=True, after=len(KINDS))) == []
 
 
+def test_a_stream_that_ends_in_order_goes_on_in_another(
+    peer: Peer, connect: Connect, job_id: str
+) -> None:
+    """As a service ends it that is stopped for an upgrade; here before its last event."""
+    late = peer.events.pop()
+    peer.when("GET /jobs/*/events", lambda: peer.events.append(late), of=2)
+    found = connect(peer.url).jobs.events(job_id, follow=True)
+    assert [event.type for event in found] == KINDS
+
+
 def test_a_stream_that_breaks_each_time_is_an_error(
     peer: Peer, connect: Connect, job_id: str
 ) -> None:

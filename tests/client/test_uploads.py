@@ -72,6 +72,21 @@ def test_a_part_that_was_lost_is_sent_again_and_no_other(
     assert len(peer.asked("PUT /datasets/uploads/*")) == (2 if after else 1)
 
 
+def test_however_often_it_breaks_off_it_comes_to_its_end(
+    peer: Peer, connect: Connect, large: Path
+) -> None:
+    """Here the service has kept what came of a part that broke off: each time a megabyte."""
+
+    def lose() -> None:
+        have = peer.uploads[SHA256]
+        peer.uploads[SHA256] = LARGE[: min(len(have) + (1 << 20), len(LARGE) - 1)]
+
+    for count in range(1, 11):
+        peer.when(PARTS, lose, of=count)
+    assert connect(peer.url).datasets.upload(large).sha256 == SHA256
+    assert len(peer.asked(PARTS)) == 11
+
+
 def test_an_upload_goes_on_in_another_program(peer: Peer, connect: Connect, large: Path) -> None:
     peer.uploads[SHA256] = LARGE[:PART]
     connect(peer.url).datasets.upload(large)

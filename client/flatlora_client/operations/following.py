@@ -16,6 +16,7 @@ N = TypeVar("N", Event, LogLine)
 
 SILENCE_SECONDS = 45
 """The service says something every 15 s."""
+NO_CONTENT = 204
 STEADY_SECONDS = 60
 """A stream that has held for so long was no failure."""
 
@@ -94,6 +95,8 @@ class _Feed:
         failures = 0
         while True:
             stream = yield from self._api.open_events(self._request())
+            if stream.response.status_code == NO_CONTENT:  # the job is over, and all was told
+                return
             if not _is_stream(stream):
                 yield Close(stream)
                 yield from self._by_pages()
@@ -129,7 +132,7 @@ class _Feed:
             while (sent := (yield from next_item(stream))) is not None:
                 if sent.retry is not None:
                     self._pause = sent.retry / 1000
-                if sent.data:
+                if sent.data and sent.event != "progress":  # which is of the job, and no event
                     yield from self._take(read(Event, _parsed(sent.data)))
                 if self._is_complete:
                     break

@@ -96,10 +96,18 @@ def keys(api: Api, /) -> Flow[tuple[Key, ...]]:
 
 
 def create_key(
-    api: Api, /, *, name: str, role: str | None = None, expires_at: str | None = None, **more: Any
+    api: Api,
+    /,
+    *,
+    name: str,
+    role: str | None = None,
+    expires_in_days: float | None = None,
+    project: str | None = None,
 ) -> Flow[Key]:
     """Make an API key; ``.key`` of the answer is shown this once. For admins."""
-    body = given({"name": name, "role": role, "expires_at": expires_at, **more})
+    body = given(
+        {"name": name, "role": role, "expires_in_days": expires_in_days, "project": project}
+    )
     # Each request makes another key, so none is sent twice that may have arrived.
     return read(Key, (yield from api.post("/keys", body, is_repeatable=False)))
 
@@ -109,16 +117,30 @@ def revoke_key(api: Api, /, key_id: str) -> Flow[None]:
     yield from api.delete(path_of("keys", key_id))
 
 
-def audit(api: Api, /, *, limit: int | None = None, **filters: str | None) -> Items[AuditEvent]:
-    """Iterate over who changed what, newest first. For admins."""
-    return api.pages(AuditEvent, "/audit", {"limit": limit, **filters})
+def audit(
+    api: Api,
+    /,
+    *,
+    action: str | None = None,
+    object: str | None = None,
+    limit: int | None = None,
+) -> Items[AuditEvent]:
+    """Iterate over who changed what, newest first; of one action or thing alone. For admins."""
+    params = {"action": action, "object": object, "limit": limit}
+    return api.pages(AuditEvent, "/audit", params, cursor="before")
 
 
 def audit_page(
-    api: Api, /, *, limit: int | None = None, after: str | None = None, **filters: str | None
+    api: Api,
+    /,
+    *,
+    action: str | None = None,
+    object: str | None = None,
+    limit: int | None = None,
+    before: int | str | None = None,
 ) -> Flow[Page[AuditEvent]]:
     """One page of who changed what, newest first. For admins."""
-    params = {"limit": limit, "after": after, **filters}
+    params = {"action": action, "object": object, "limit": limit, "before": before}
     return (yield from api.page(AuditEvent, "/audit", params))
 
 

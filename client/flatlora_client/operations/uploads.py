@@ -15,6 +15,7 @@ from flatlora_client.steps import Flow, Request, do
 SMALL_BYTES = 8 << 20
 PART_BYTES = 8 << 20
 MOST_RESTARTS = 5
+"""One after the other, without a byte more."""
 
 Progress = Callable[[int, int], object]
 """Is told how many bytes have arrived, and of how many."""
@@ -71,7 +72,7 @@ def _in_parts(
         if error.status in {404, 405}:
             return None
         raise
-    restarts = 0
+    restarts, farthest = 0, state.offset
     while state.dataset is None:
         if progress:
             progress(state.offset, size)
@@ -84,6 +85,8 @@ def _in_parts(
             if not is_known or restarts > MOST_RESTARTS:
                 raise
             state = read(UploadState, (yield from api.json(begin)))
+        if state.offset > farthest:
+            restarts, farthest = 0, state.offset
     if progress:
         progress(size, size)
     return state.dataset
