@@ -33,10 +33,13 @@ WORKDIR /src
 RUN python -m venv --without-pip /opt/flatlora
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY flatlora/pyproject.toml flatlora/
-RUN mkdir app migrations worker && cp LICENSE flatlora/ && touch flatlora/__init__.py
+COPY client/pyproject.toml client/README.md client/
+RUN mkdir -p app migrations worker client/flatlora_client \
+ && cp LICENSE flatlora/ && cp LICENSE client/ \
+ && touch flatlora/__init__.py client/flatlora_client/__init__.py
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
-    pip --python /opt/flatlora/bin/python install --disable-pip-version-check -c constraints.txt ".[api,cluster,telemetry]"
+    pip --python /opt/flatlora/bin/python install --disable-pip-version-check -c constraints.txt ./client ".[api,cluster,telemetry]"
 
 FROM packages AS worker-packages
 ARG TORCH_INDEX=
@@ -45,19 +48,19 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     if [ -n "$TORCH_INDEX" ]; then \
       pip --python /opt/flatlora/bin/python install --disable-pip-version-check -c constraints.txt --index-url "$TORCH_INDEX" torch; \
     fi \
- && pip --python /opt/flatlora/bin/python install --disable-pip-version-check -c constraints.txt ./flatlora ".[worker,gpu,cluster,telemetry]"
+ && pip --python /opt/flatlora/bin/python install --disable-pip-version-check -c constraints.txt ./client ./flatlora ".[worker,gpu,cluster,telemetry]"
 
 FROM packages AS api-build
 COPY . .
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
-    pip --python /opt/flatlora/bin/python install --disable-pip-version-check --no-deps --force-reinstall .
+    pip --python /opt/flatlora/bin/python install --disable-pip-version-check --no-deps --force-reinstall ./client .
 
 FROM worker-packages AS worker-build
 COPY . .
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip_conf,target=/etc/pip.conf \
-    pip --python /opt/flatlora/bin/python install --disable-pip-version-check --no-deps --force-reinstall ./flatlora .
+    pip --python /opt/flatlora/bin/python install --disable-pip-version-check --no-deps --force-reinstall ./client ./flatlora .
 
 
 FROM base AS runtime

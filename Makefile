@@ -43,10 +43,10 @@ $(BIN)/python:
 	  { echo "flatlora needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12 …"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.runtime: pyproject.toml flatlora/pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ./flatlora -e ".[worker]"
+$(VENV)/.runtime: pyproject.toml flatlora/pyproject.toml client/pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ./flatlora -e ./client -e ".[worker]"
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml flatlora/pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ./flatlora -e ".[dev]"
+$(VENV)/.dev: pyproject.toml flatlora/pyproject.toml client/pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ./flatlora -e ./client -e ".[dev]"
 	@touch $@ $(VENV)/.runtime

@@ -30,6 +30,7 @@ from transformers.utils import logging
 from app.uris import file_uri
 from examples.score import load_rows
 from examples.throwaway import Json, run_job, throwaway_service
+from flatlora_client import JobFields
 
 TOLERANCE = 1e-4
 
@@ -47,7 +48,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def job_of(options: argparse.Namespace) -> Json:
+def job_of(options: argparse.Namespace) -> JobFields:
     return {
         "base_model": file_uri(options.base_model.resolve()),
         "dataset_uri": file_uri(options.dataset.resolve()),
@@ -114,7 +115,8 @@ def measure(options: argparse.Namespace) -> Json:
         folder = Path(temporary) / "run"
         started = time.monotonic()
         with throwaway_service(folder, roots) as client:
-            job = run_job(client, client.post("/jobs", job_of(options)), folder / "adapter")
+            submitted = client.jobs.create(**job_of(options))
+            job = run_job(client, submitted.id, folder / "adapter")
         seconds = time.monotonic() - started
         rows = used_rows(options.validation, job["report"])
         limit = job["report"]["length"]["limit"]

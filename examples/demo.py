@@ -20,6 +20,7 @@ from rich.table import Table
 from app.uris import file_uri
 from examples.score import Row, answer, exact_match, load_rows, reference
 from examples.throwaway import Json, run_job, throwaway_service
+from flatlora_client import JobFields
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -27,7 +28,7 @@ FOLDER = ROOT / ".demo"
 ADAPTER = FOLDER / "adapter"
 SHOWN = 3
 
-JOB = {
+JOB: JobFields = {
     "base_model": file_uri(EXAMPLES / "tiny-base"),
     "dataset_uri": file_uri(EXAMPLES / "data" / "train.jsonl"),
     "rank": 16,
@@ -45,9 +46,9 @@ def train() -> Json:
     """Send the job, follow it, fetch its adapter."""
     with throwaway_service(FOLDER, [EXAMPLES]) as client:
         started = time.monotonic()
-        job = client.post("/jobs", JOB)
-        console.print(f"POST /jobs → [bold]{job['id']}[/]")
-        job = run_job(client, job, ADAPTER)
+        submitted = client.jobs.create(**JOB)
+        console.print(f"POST /jobs → [bold]{submitted.id}[/]")
+        job = run_job(client, submitted.id, ADAPTER)
         console.print(f"succeeded after {time.monotonic() - started:.0f} s, download included")
     return job
 

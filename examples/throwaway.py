@@ -8,18 +8,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
-from app.cli.client import Client
-from app.cli.jobs import unpack
+from app.cli.client import connect, explained
 from app.cli.output import INTERRUPTED
 from app.cli.profile import Profile
 from app.cli.watch import watch
 from app.settings import Settings
+from flatlora_client import FlatLora
 
 Json = dict[str, Any]
 
@@ -27,7 +27,7 @@ STOP_SECONDS = 150  # a running job may take two minutes for its last checkpoint
 
 
 @contextmanager
-def throwaway_service(folder: Path, roots: Sequence[Path]) -> Iterator[Client]:
+def throwaway_service(folder: Path, roots: Sequence[Path]) -> Iterator[FlatLora]:
     """A client of a service that may read what lies below ``roots``; ``folder`` is made anew.
 
     What the environment says of another service is forgotten, here and in the service.
@@ -50,7 +50,7 @@ def throwaway_service(folder: Path, roots: Sequence[Path]) -> Iterator[Client]:
         )
     try:
         _wait_until_ready(up, port, log)
-        with closing(Client(Profile.load(Settings()))) as client:
+        with explained(as_json=False), connect(Profile.load(Settings())) as client:
             yield client
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
@@ -62,15 +62,12 @@ def throwaway_service(folder: Path, roots: Sequence[Path]) -> Iterator[Client]:
             up.kill()
 
 
-def run_job(client: Client, job: Json, adapter: Path) -> Json:
-    """Follow a job to its end, and unpack its adapter into a new folder."""
-    job = watch(client, job["id"])
+def run_job(client: FlatLora, job_id: str, adapter: Path) -> Json:
+    """Follow a job to its end, and download its adapter into a folder."""
+    job = watch(client, job_id)
     if job["status"] != "succeeded":
         sys.exit(f"The job is {job['status']}: {job['failure']}")
-    archive = adapter.with_suffix(".tar")
-    client.download(f"/jobs/{job['id']}/adapter", archive)
-    adapter.mkdir()
-    unpack(archive, adapter)
+    client.jobs.download(job_id, adapter)
     return job
 
 

@@ -1,18 +1,17 @@
 """``flatlora jobs …``"""
 
-import tarfile
-import tempfile
-import uuid
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from app.cli.client import Client, Json
-from app.cli.output import INTERRUPTED, USAGE, err, fail, out, print_json
-from app.cli.profile import Profile
+from app.cli.client import Json, connected
+from app.cli.download import fetch_adapter
+from app.cli.history import checkpoints, deliveries, events, logs, metrics
+from app.cli.options import After, AsJson, JobId, Labels, PageSize
+from app.cli.output import INTERRUPTED, err, out, print_json
 from app.cli.submit import (
     apply_settings,
     base_model,
@@ -22,16 +21,15 @@ from app.cli.submit import (
     set_path,
 )
 from app.cli.watch import describe_progress, describe_status, exit_code, print_outcome, watch
-from app.settings import get_settings
+from flatlora_client import FlatLora, JobFields
 
 jobs = typer.Typer(no_args_is_help=True, help="Submit jobs, follow them, fetch what they made.")
 
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of the job, job_…")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
-
-
-def connect(*, as_json: bool = False) -> Client:
-    return Client(Profile.load(get_settings()), as_json=as_json)
+jobs.command()(events)
+jobs.command()(metrics)
+jobs.command()(logs)
+jobs.command()(checkpoints)
+jobs.command()(deliveries)
 
 
 @jobs.command()
@@ -54,7 +52,7 @@ def submit(
     validation: Annotated[str | None, typer.Option(help="Held-out rows: URI, or a file.")] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     name: Annotated[str | None, typer.Option()] = None,
-    label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE; may be repeated.")] = None,
+    label: Labels = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any field, such as training.schedule=linear; may be repeated."),
@@ -65,49 +63,52 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Submit a job. What the options do not say comes from --file, then from the defaults."""
-    client, body = connect(as_json=as_json), read_body(file)
-    given: dict[str, Any] = {
-        "base_model": base_model(model) if model else None,
-        "dataset_uri": dataset_uri(client, dataset) if dataset else None,
-        "rank": rank,
-        "sigma": sigma,
-        "training.max_steps": max_steps,
-        "training.epochs": epochs,
-        "training.batch_size": batch_size,
-        "training.learning_rate": learning_rate,
-        "data.max_length": max_length,
-        "evaluation.validation_uri": dataset_uri(client, validation) if validation else None,
-        "seed": seed,
-        "name": name,
-        "labels": parse_labels(label) if label else None,
-        "dry_run": dry_run or None,
-    }
-    for path, value in given.items():
-        if value is not None:
-            set_path(body, path, value)
-    apply_settings(body, settings or [])
-    job = client.post("/jobs", body, **{"Idempotency-Key": uuid.uuid4().hex})
-    if follow:
-        if not as_json:
-            out.print(f"submitted {job['id']}", highlight=False)
-        follow_job(client, job["id"], as_json=as_json)
-    show_job(job, as_json=as_json)
+    body = read_body(file)
+    with connected(as_json=as_json) as client:
+        given: dict[str, Any] = {
+            "base_model": base_model(model) if model else None,
+            "dataset_uri": dataset_uri(client, dataset) if dataset else None,
+            "rank": rank,
+            "sigma": sigma,
+            "training.max_steps": max_steps,
+            "training.epochs": epochs,
+            "training.batch_size": batch_size,
+            "training.learning_rate": learning_rate,
+            "data.max_length": max_length,
+            "evaluation.validation_uri": dataset_uri(client, validation) if validation else None,
+            "seed": seed,
+            "name": name,
+            "labels": parse_labels(label) if label else None,
+            "dry_run": dry_run or None,
+        }
+        for path, value in given.items():
+            if value is not None:
+                set_path(body, path, value)
+        apply_settings(body, settings or [])
+        # All of it is for the service to judge, also what is missing.
+        job = client.jobs.create(**cast("JobFields", {"extra_fields": body}))
+        if follow:
+            if not as_json:
+                out.print(f"submitted {job.id}", highlight=False)
+            follow_job(client, job.id, as_json=as_json, events_after=0)
+    show_job(job.raw, as_json=as_json)
 
 
 @jobs.command("list")
 def list_jobs(
     status: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
-    label: Annotated[list[str] | None, typer.Option(help="KEY=VALUE; may be repeated.")] = None,
+    label: Labels = None,
     model: Annotated[str | None, typer.Option("--base-model", "-m", help="As submitted.")] = None,
-    limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
-    after: Annotated[str | None, typer.Option(help="Cursor of the next page.")] = None,
+    limit: PageSize = 20,
+    after: After = None,
     as_json: AsJson = False,
 ) -> None:
     """List jobs, newest first."""
-    labels = {f"label.{name}": value for name, value in parse_labels(label or []).items()}
-    page = connect(as_json=as_json).get(
-        "/jobs", status=status, base_model=model, limit=limit, after=after, **labels
-    )
+    labels = parse_labels(label or [])
+    with connected(as_json=as_json) as client:
+        page = client.jobs.page(
+            status=status, base_model=model, labels=labels, limit=limit, after=after
+        ).raw
     if as_json:
         print_json(page)
         return
@@ -133,19 +134,67 @@ def list_jobs(
 @jobs.command()
 def show(job_id: JobId, as_json: AsJson = False) -> None:
     """Show one job: its settings, its state, its results."""
-    show_job(connect(as_json=as_json).get(f"/jobs/{job_id}"), as_json=as_json)
+    with connected(as_json=as_json) as client:
+        job = client.jobs.get(job_id)
+    show_job(job.raw, as_json=as_json)
 
 
 @jobs.command("watch")
 def watch_job(job_id: JobId, as_json: AsJson = False) -> None:
-    """Follow a job to its end: step, loss, σ and the time that is left."""
-    follow_job(connect(as_json=as_json), job_id, as_json=as_json)
+    """Follow a job to its end: step, loss, σ, the time that is left, and what happens."""
+    with connected(as_json=as_json) as client:
+        follow_job(client, job_id, as_json=as_json)
 
 
 @jobs.command()
 def cancel(job_id: JobId, as_json: AsJson = False) -> None:
     """Ask for a job to be stopped. Asking twice does no harm."""
-    show_job(connect(as_json=as_json).post(f"/jobs/{job_id}/cancel"), as_json=as_json)
+    with connected(as_json=as_json) as client:
+        job = client.jobs.cancel(job_id)
+    show_job(job.raw, as_json=as_json)
+
+
+@jobs.command()
+def pause(job_id: JobId, as_json: AsJson = False) -> None:
+    """Ask for a job to write a checkpoint and free its GPU, until it is resumed."""
+    with connected(as_json=as_json) as client:
+        job = client.jobs.pause(job_id)
+    show_job(job.raw, as_json=as_json)
+
+
+@jobs.command()
+def resume(job_id: JobId, as_json: AsJson = False) -> None:
+    """Let a paused job go on from its checkpoint."""
+    with connected(as_json=as_json) as client:
+        job = client.jobs.resume(job_id)
+    show_job(job.raw, as_json=as_json)
+
+
+@jobs.command()
+def retry(
+    job_id: JobId,
+    follow: Annotated[bool, typer.Option("--watch", "-w", help="Follow it to its end.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a job that is over once more, as a new job."""
+    with connected(as_json=as_json) as client:
+        job = client.jobs.retry(job_id)
+        if follow:
+            if not as_json:
+                out.print(f"submitted {job.id}", highlight=False)
+            follow_job(client, job.id, as_json=as_json, events_after=0)
+    show_job(job.raw, as_json=as_json)
+
+
+@jobs.command()
+def delete(job_id: JobId, as_json: AsJson = False) -> None:
+    """Remove a job that is over, with its adapter and all that it has written."""
+    with connected(as_json=as_json) as client:
+        client.jobs.delete(job_id)
+    if as_json:
+        print_json({"deleted": job_id})
+    else:
+        out.print(f"deleted {job_id}", markup=False, highlight=False)
 
 
 @jobs.command()
@@ -156,39 +205,19 @@ def download(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Download the adapter of a finished job into a folder that PEFT can load."""
-    folder = target or Path(job_id)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        fail(
-            f"{folder} exists already and is not an empty folder",
-            "Name another with --to.",
-            code=USAGE,
-        )
-    folder.mkdir(parents=True, exist_ok=True)  # before, not after, what may be a long download
-    client = connect(as_json=as_json)
-    with tempfile.TemporaryDirectory() as temporary:
-        archive = Path(temporary) / "adapter.tar"
-        client.download(f"/jobs/{job_id}/adapter", archive)
-        unpack(archive, folder)
-    if as_json:
-        print_json({"job_id": job_id, "folder": str(folder.resolve())})
-    else:
-        out.print(f"adapter in {folder}", markup=False, highlight=False)
+    """Download the adapter of a finished job into a folder that PEFT can load.
+
+    One that was interrupted goes on where it was.
+    """
+    fetch_adapter(job_id, target or Path(job_id), as_json=as_json)
 
 
-def unpack(archive: Path, folder: Path) -> None:
-    """Write the archive's plain files into a folder, without the archive's own folder."""
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            source = tar.extractfile(member) if member.isfile() else None
-            if source:
-                (folder / Path(member.name).name).write_bytes(source.read())
-
-
-def follow_job(client: Client, job_id: str, *, as_json: bool) -> NoReturn:
+def follow_job(
+    client: FlatLora, job_id: str, *, as_json: bool, events_after: int | None = None
+) -> NoReturn:
     """Follow a job, print how it ended, and end the command likewise."""
     try:
-        job = watch(client, job_id)
+        job = watch(client, job_id, events_after=events_after)
     except KeyboardInterrupt:
         err.print(f"The job goes on. See it again with: flatlora jobs watch {job_id}")
         raise typer.Exit(INTERRUPTED) from None

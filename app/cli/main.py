@@ -11,6 +11,9 @@ import typer
 from pydantic import ValidationError
 
 from app import __version__
+from app.cli.account import audit, models, quota, webhooks
+from app.cli.adapters import adapters
+from app.cli.datasets import datasets
 from app.cli.doctor import doctor
 from app.cli.gc import gc
 from app.cli.jobs import jobs
@@ -29,8 +32,14 @@ cli = typer.Typer(
     help="Fine-tune language models with Flat-LoRA, on your own machine.",
 )
 cli.add_typer(jobs, name="jobs")
+cli.add_typer(datasets, name="datasets")
+cli.add_typer(adapters, name="adapters")
+cli.add_typer(models, name="models")
 cli.add_typer(workers, name="workers")
 cli.add_typer(keys, name="keys")
+cli.add_typer(webhooks, name="webhooks")
+cli.command()(quota)
+cli.command()(audit)
 cli.command()(worker)
 cli.command()(gc)
 cli.command()(doctor)

@@ -27,6 +27,12 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def print_json_line(value: Any) -> None:
+    """One of many that come one after the other: a line, which leaves at once."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
 def print_error(message: str, hint: str | None = None) -> None:
     """A name of the user's is data: brackets in it are not markup."""
     err.print(f"[bold red]error[/]: {escape(message)}", highlight=False)

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from app.cli.client import Client, Json
+from app.cli.client import Json
 from app.cli.output import USAGE, err, fail
+from app.cli.transfer import transfer
 from app.uris import file_uri
+from flatlora_client import FlatLora
 
 
 def read_body(file: Path | None) -> Json:
@@ -62,16 +64,17 @@ def parse_labels(labels: list[str]) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def dataset_uri(client: Client, given: str) -> str:
+def dataset_uri(client: FlatLora, given: str) -> str:
     """A URI as it is; a path of this machine is uploaded first."""
     path = Path(given).expanduser()
     if ":" in given and not path.exists():
         return given
     if not path.is_file():
         fail(f"{given} is neither a file nor a dataset URI", code=USAGE)
-    uploaded = client.upload(path)
-    err.print(f"uploaded {path.name} as {uploaded['uri']}", markup=False, highlight=False)
-    return str(uploaded["uri"])
+    with transfer(path.name) as progress:
+        uploaded = client.datasets.upload(path, progress=progress)
+    err.print(f"uploaded {path.name} as {uploaded.uri}", markup=False, highlight=False)
+    return uploaded.uri
 
 
 def base_model(given: str) -> str:

@@ -10,7 +10,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from app.cli.jobs import AsJson, connect
+from app.cli.client import connected
+from app.cli.options import AsJson
 from app.cli.output import FAILED, USAGE, fail, out, print_json
 from app.cli.up import check_cluster
 from app.settings import Settings, get_settings
@@ -63,7 +64,8 @@ def _check(settings: Settings) -> None:
 @workers.command("list")
 def list_(as_json: AsJson = False) -> None:
     """Show who trains, on what, and which job."""
-    found = connect(as_json=as_json).get("/workers")
+    with connected(as_json=as_json) as client:
+        found = {"items": [worker.raw for worker in client.workers.list()]}
     if as_json:
         print_json(found)
         return

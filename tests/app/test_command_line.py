@@ -8,7 +8,6 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -18,10 +17,12 @@ import pytest
 import typer
 from sqlalchemy import text
 
-from app.cli.client import Client, is_loopback
+from app.cli.client import connect, explained
 from app.cli.profile import Profile
+from app.cli.watch import until_over
 from app.jobs.states import Reason, Status
 from app.settings import Settings
+from flatlora_client import is_loopback
 from tests.app.service import Service, make_model, running
 
 FLATLORA = [sys.executable, "-m", "app.cli.main"]
@@ -211,10 +212,11 @@ class TestWatch:
         away = f"http://127.0.0.1:{free_port()}"
         for url, words in [(flatlora.url, "HTTP 503"), (away, "refused")]:
             with (
-                closing(Client(Profile(url, None), patience=1)) as client,
+                connect(Profile(url, None)) as client,
                 pytest.raises(typer.Exit) as caught,
+                explained(as_json=False),
             ):
-                client.poll(f"/jobs/job_{'0' * 32}")
+                until_over(client, f"job_{'0' * 32}", print, patience=1)
             assert caught.value.exit_code == 4
             note, error, _ = capsys.readouterr().err.splitlines()
             assert "trying again for 1 s" in note
@@ -222,10 +224,11 @@ class TestWatch:
 
     def test_a_refusal_is_not_waited_for(self, flatlora: CommandLine) -> None:
         with (
-            closing(Client(Profile(flatlora.url, None))) as client,
+            connect(Profile(flatlora.url, None)) as client,
             pytest.raises(typer.Exit) as caught,
+            explained(as_json=False),
         ):
-            client.poll("/jobs/x")
+            until_over(client, "x", print)
         assert caught.value.exit_code == 1
 
 
@@ -294,7 +297,7 @@ from pathlib import Path
 from examples.throwaway import throwaway_service
 
 with throwaway_service(Path(sys.argv[1]), []) as client:
-    jobs = client.get("/jobs")
+    jobs = client.jobs.page().raw
 ours = sorted(name for name in os.environ if name.startswith("FLATLORA_"))
 print(json.dumps([jobs, ours]))
 """

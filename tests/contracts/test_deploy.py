@@ -296,7 +296,7 @@ class TestImages:
         packages = PYPROJECT["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
 
         files = {"pyproject.toml", "constraints.txt", "README.md", "LICENSE"}
-        assert {*packages, "flatlora"} | files == let_in
+        assert {*packages, "client", "flatlora"} | files == let_in
 
 
 class TestKubernetes:

@@ -1,0 +1,1 @@
+"""What the client can do, once for both kinds of client."""
