@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from fastapi import Depends, FastAPI
 
@@ -11,6 +11,7 @@ from app import __version__, health, metrics
 from app.access import endpoints as keys
 from app.access.authenticator import Authenticator
 from app.access.dependencies import require_access
+from app.access.rates import Rates
 from app.access.shared_key import ensure_key
 from app.adapters import endpoints as adapters
 from app.audit import endpoints as audit
@@ -18,17 +19,22 @@ from app.broker_health import BrokerHealth
 from app.datasets import endpoints as datasets
 from app.datasets.uploads import forget_broken
 from app.db import ANSWER_SECONDS, Database, make_engine
-from app.errors import install_error_handlers
+from app.errors import RateLimited, install_error_handlers, problems
 from app.jobs import endpoints as jobs
 from app.logs import configure_logs
 from app.middleware import BodyLimit, RequestLog, SameSite
 from app.models import endpoints as models
 from app.openapi import describe
 from app.periodic import Periodic
+from app.quotas import endpoints as quotas
+from app.quotas.limits import KnownLimits
 from app.settings import Settings, get_settings
 from app.storage import ArtifactStore, open_store
 from app.tracing import configure_tracing, flush, telemetry
 from app.workers import endpoints as workers
+
+if TYPE_CHECKING:
+    from app.access.oidc import Tokens
 
 DESCRIPTION = """
 Fine-tunes language models to follow instructions, with
@@ -46,6 +52,8 @@ class State(TypedDict):
     """Sends wake-ups to the workers of a cluster."""
     broker: BrokerHealth
     metrics: metrics.Metrics
+    known_limits: KnownLimits
+    rates: Rates
 
 
 @contextmanager
@@ -66,6 +74,31 @@ def relay(settings: Settings) -> Iterator[Periodic | None]:
         engine.dispose()
 
 
+@asynccontextmanager
+async def counting(settings: Settings) -> AsyncIterator[Rates]:
+    """Requests are counted together by all API processes of a cluster."""
+    if not settings.is_cluster:
+        yield Rates(settings)
+        return
+    from app.access.exchange import Exchange  # a laptop's service has no Redis
+
+    exchange = Exchange(settings.broker_url)
+    telling = asyncio.create_task(exchange.run())
+    try:
+        yield Rates(settings, exchange)
+    finally:
+        telling.cancel()
+        await asyncio.gather(telling, return_exceptions=True)
+
+
+def open_tokens(settings: Settings) -> "Tokens | None":
+    if not settings.oidc_issuer:
+        return None
+    from app.access.oidc import Tokens  # most services have no identity provider
+
+    return Tokens(settings)
+
+
 def create_app(settings: Settings) -> FastAPI:
     broker = BrokerHealth(settings.broker_url)
     numbers = metrics.Metrics(settings, broker)
@@ -76,15 +109,19 @@ def create_app(settings: Settings) -> FastAPI:
         numbers.read_from(database)
         relaying = relay(settings)
         key = ensure_key(settings)[0] if settings.auth == "key" else None
-        authenticator = Authenticator(database, key)
+        authenticator = Authenticator(
+            database, key, open_tokens(settings), settings.failed_keys_per_minute
+        )
         store = open_store(settings)
         forget_broken(settings.uploads_dir)
         try:
-            with relaying as wakes:
-                yield State(
-                    settings=settings, database=database, store=store,
-                    authenticator=authenticator, wakes=wakes, broker=broker, metrics=numbers,
-                )  # fmt: skip
+            async with counting(settings) as rates:
+                with relaying as wakes:
+                    yield State(
+                        settings=settings, database=database, store=store,
+                        authenticator=authenticator, wakes=wakes, broker=broker, metrics=numbers,
+                        known_limits=KnownLimits(database, settings), rates=rates,
+                    )  # fmt: skip
         finally:
             await authenticator.close()
             await database.engine.dispose()
@@ -104,8 +141,12 @@ def create_app(settings: Settings) -> FastAPI:
     install_error_handlers(app)
     app.include_router(health.router)
     app.include_router(metrics.router)
-    for routes in (jobs, adapters, datasets, models, workers, keys, audit):
-        app.include_router(routes.router, dependencies=[Depends(require_access)])
+    for routes in (jobs, adapters, datasets, models, workers, keys, audit, quotas):
+        app.include_router(
+            routes.router,
+            dependencies=[Depends(require_access)],
+            responses={429: problems(RateLimited)[429]},
+        )
     app.add_middleware(
         BodyLimit, bytes=settings.max_body_bytes, upload_bytes=settings.max_upload_bytes
     )

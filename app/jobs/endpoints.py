@@ -22,6 +22,8 @@ from app.errors import (
     InvalidRequest,
     JobNotFound,
     MalformedBody,
+    QuotaExceeded,
+    RateLimited,
     TooLarge,
     Unauthenticated,
     UnsupportedMediaType,
@@ -118,6 +120,8 @@ class MetricQuery(Page):
         UnsupportedMediaType,
         InvalidRequest,
         IdempotencyKeyReused,
+        RateLimited,
+        QuotaExceeded,
     ),
     summary="Submit a job",
 )
