@@ -82,7 +82,7 @@ def unlocked(fit: Fit = ANY, cap: Cap | None = None) -> ScalarSelect[str]:
 
 
 @cache
-def turn(fit: Fit = ANY, cap: Cap | None = None) -> Select[tuple[str]]:
+def turn(fit: Fit = ANY, cap: Cap | None = None) -> Select[str]:
     """The project whose turn it is."""
     waiting = _waiting_projects()
     started, head, first = (aliased(JobRow) for _ in range(3))
@@ -107,7 +107,7 @@ def turn(fit: Fit = ANY, cap: Cap | None = None) -> Select[tuple[str]]:
     )
 
 
-def _below(cap: Cap) -> Select[tuple[str]]:
+def _below(cap: Cap) -> Select[str]:
     waiting = _waiting_projects()
     return select(waiting).where(is_below(cap, waiting))
 

@@ -16,7 +16,7 @@ from limits.aio.storage import RedisStorage
 from limits.aio.strategies import SlidingWindowCounterRateLimiter
 from redis.exceptions import RedisError
 
-from app.access.rates import Count
+from app.access.rates import WINDOW_SECONDS, Count
 
 log = structlog.get_logger()
 
@@ -41,13 +41,14 @@ class Exchange:
         self._known: dict[Count, WindowStats] = {}
         self._is_away = False
 
-    def add(self, count: Count) -> None:
-        self._untold[count] += 1
+    def add(self, count: Count, number: int) -> None:
+        """Also none: then it is only asked what is left by now."""
+        self._untold[count] += number
 
     def known(self, count: Count) -> WindowStats | None:
         """What was left when it was last asked, less what has been taken here since."""
         found = self._known.get(count)
-        if found is None or found.reset_time <= time.time():
+        if found is None:
             return None
         return WindowStats(found.reset_time, found.remaining - self._untold[count])
 
@@ -77,7 +78,8 @@ class Exchange:
 
     async def _told(self, count: Count, number: int) -> WindowStats:
         names = (count.name, count.whose)
-        if not await self._limiter.hit(count.item, *names, cost=min(number, count.item.amount)):
+        number = min(number, count.item.amount)
+        if number and not await self._limiter.hit(count.item, *names, cost=number):
             # There is not room for all of them: what room there is, they have taken.
             left = await self._limiter.get_window_stats(count.item, *names)
             if left.remaining > 0:
@@ -85,8 +87,9 @@ class Exchange:
         return await self._limiter.get_window_stats(count.item, *names)
 
     def _forget(self) -> None:
-        past = [count for count, left in self._known.items() if left.reset_time <= time.time()]
-        for count in past:
+        """What nobody has asked for lately: by now there may be room."""
+        past = time.time() - WINDOW_SECONDS
+        for count in [count for count, left in self._known.items() if left.reset_time < past]:
             del self._known[count]
 
     def _note(self, *, is_away: bool, error: str | None = None) -> None:

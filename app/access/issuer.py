@@ -105,7 +105,7 @@ async def _published(issuer: str) -> dict[str, Key]:
         listed = (await _json(client, where)).get("keys")
     if not isinstance(listed, list):
         raise NotAnIssuer(f"{urlsplit(where).path} lists no keys")
-    return dict(found for jwk in listed if (found := _usable(jwk)))
+    return dict(key for jwk in listed if (key := _usable(jwk)))
 
 
 async def _json(client: httpx2.AsyncClient, url: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Count:
 class Elsewhere(Protocol):
     """What other processes count."""
 
-    def add(self, count: Count) -> None: ...
+    def add(self, count: Count, number: int) -> None: ...
 
     def known(self, count: Count) -> WindowStats | None: ...
 
@@ -82,8 +82,8 @@ class Rates:
         is_taken = elsewhere is None or elsewhere.remaining > 0
         if is_taken:
             is_taken = self._limiter.hit(count.item, count.name, count.whose)
-        if is_taken and self._elsewhere:
-            self._elsewhere.add(count)
+        if self._elsewhere:
+            self._elsewhere.add(count, int(is_taken))
         here = self._limiter.get_window_stats(count.item, count.name, count.whose)
         fewest = here
         if elsewhere and elsewhere.remaining < here.remaining:

@@ -17,7 +17,7 @@ from app.settings import PROJECT_NAME, get_settings
 from app.tables import NO_LIMIT, ProjectRow
 
 KEEP = object()
-WORDS = {None: KEEP, "default": None, "none": NO_LIMIT}
+WORDS = {"default": None, "none": NO_LIMIT}
 LATER = ("gpu_minutes", "max_stored_bytes", "requests_per_minute")  # of the columns of the list
 MOST = 2**31 - 1
 MOST_BYTES = 2**63 - 1
@@ -93,6 +93,8 @@ def set_(
 
 def _limit(given: str | None, kind: type[int] | type[float], most: int) -> Any:
     """What to write: a number, ``NO_LIMIT``, None for the default, or to keep what is there."""
+    if given is None:
+        return KEEP
     if given in WORDS:
         return WORDS[given]
     with suppress(ValueError):
@@ -102,5 +104,5 @@ def _limit(given: str | None, kind: type[int] | type[float], most: int) -> Any:
     return fail(f"expected a number from 0, none, or default; found {given!r}", code=USAGE)
 
 
-def _told(limit: float | None) -> str:
+def _told(limit: Any) -> str:
     return "any" if limit is None else f"{limit:g}" if isinstance(limit, float) else str(limit)

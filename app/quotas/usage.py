@@ -19,7 +19,7 @@ USED = (
 )  # fmt: skip
 
 
-def keep_usage(job: JobRow | Row[Any]) -> Insert:
+def keep_usage(job: JobRow | Row[*tuple[Any, ...]]) -> Insert:
     """For the transaction that deletes a job: its project is charged for it still.
 
     ``job``: its row, or the columns ``USED`` of it.

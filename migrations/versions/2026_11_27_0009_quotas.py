@@ -11,15 +11,11 @@ branch_labels = None
 depends_on = None
 
 
-def project(**options: str) -> sa.Column[str]:
-    return sa.Column("project", sa.String(), nullable=False, **options)
-
-
 def upgrade() -> None:
     limit_waiting(lock="5s", statement="60s")
     op.create_table(
         "projects",
-        project(),
+        sa.Column("project", sa.String(), nullable=False),
         sa.Column("max_queued", sa.Integer()),
         sa.Column("max_running", sa.Integer()),
         sa.Column("gpu_minutes", sa.Double()),
@@ -29,7 +25,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "usage",
-        project(server_default="default"),
+        sa.Column("project", sa.String(), nullable=False, server_default="default"),
         sa.Column("job_id", sa.String(), nullable=False),
         sa.Column("ended_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("gpu_seconds", sa.Double(), nullable=False),
