@@ -1,10 +1,10 @@
 """No project runs more jobs than it may, however many workers ask at once."""
 
-import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
-from sqlalchemy import Engine, select, text
+from sqlalchemy import Engine, select, text, update
 from sqlalchemy.orm import Session
 
 from app.db import make_engine
@@ -12,7 +12,9 @@ from app.jobs.states import Status
 from app.quotas.repository import add_project, limiting
 from app.tables import JobRow
 from tests.app.listening import said
+from tests.system.service import until
 from tests.worker.jobs import add_job, add_jobs, change, claimed
+from worker.caps import Cap, check_cap
 from worker.claims import Claims
 
 
@@ -98,33 +100,30 @@ class TestCap:
 
 
 class TestRace:
-    def test_of_twelve_claimers_at_once_two_get_a_job_of_a_project_that_may_run_two(
+    def test_two_that_choose_the_same_project_at_once_pass_one_by_one(
         self, migrated_postgres_url: str
     ) -> None:
+        """Neither sees what the other has not committed."""
         engine = make_engine(migrated_postgres_url)
-        add_jobs(engine, 30, project="a")
-        start = threading.Barrier(12)
-        troubles: list[Exception] = []
-
-        def take(name: str) -> None:
-            own = make_engine(migrated_postgres_url)
-            claims = make_claims(own, most=2, worker=name)
-            start.wait()
-            try:
-                while claims.claim_next():
-                    pass
-            except Exception as error:
-                troubles.append(error)
-            own.dispose()
-
-        threads = [threading.Thread(target=take, args=(f"w{n}",)) for n in range(12)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert troubles == []
-        assert running(engine) == {"a": 2}
+        first, _ = add_jobs(engine, 2, project="a")
+        with ThreadPoolExecutor(1) as pool:
+            with Session(engine) as one, one.begin():
+                one.execute(update(JobRow).where(JobRow.id == first).values(status=Status.RUNNING))
+                check_cap(one, "a", Cap(1))
+                other = pool.submit(make_claims(engine, most=1).claim_next)
+                until(lambda: waits(engine) or other.done())
+                assert not other.done()
+            assert other.result() is None
+        assert running(engine) == {"a": 1}
         engine.dispose()
+
+
+def waits(engine: Engine) -> bool:
+    """Whether somebody on this database waits for a lock."""
+    with engine.connect() as connection:
+        locks = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        mine = " AND datname = current_database()"
+        return bool(connection.scalar(text(locks + mine)))
 
 
 def test_a_claim_among_ten_thousand_jobs_is_quick_with_a_limit_too(engine: Engine) -> None:
