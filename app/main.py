@@ -13,6 +13,7 @@ from app.access.authenticator import Authenticator
 from app.access.dependencies import require_access
 from app.access.rates import Rates
 from app.access.shared_key import ensure_key
+from app.access.streams import UploadsEndWithTheirKey
 from app.adapters import endpoints as adapters
 from app.audit import endpoints as audit
 from app.broker_health import BrokerHealth
@@ -147,6 +148,7 @@ def create_app(settings: Settings) -> FastAPI:
             dependencies=[Depends(require_access)],
             responses={429: problems(RateLimited)[429]},
         )
+    app.add_middleware(UploadsEndWithTheirKey)
     app.add_middleware(
         BodyLimit, bytes=settings.max_body_bytes, upload_bytes=settings.max_upload_bytes
     )

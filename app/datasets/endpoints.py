@@ -7,7 +7,6 @@ from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import FormData, UploadFile
 
-from app.access.streams import while_allowed
 from app.datasets.schemas import Dataset, DatasetPage
 from app.datasets.service import DatasetService
 from app.datasets.uploads import (
@@ -84,8 +83,7 @@ async def received(request: Request, query: Annotated[UploadQuery, Query()]) -> 
     name = safe_filename(given, media_type(content_type))
     if (declared := headers.get("content-length", "")).isdecimal():
         await check_room(request, int(declared))  # BodyLimit has refused what is no size
-    parts = while_allowed(request, request.stream())
-    return await receive(parts, name, state.settings, state.store)
+    return await receive(request.stream(), name, state.settings, state.store)
 
 
 def _file_part(form: FormData) -> UploadFile:

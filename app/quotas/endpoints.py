@@ -8,7 +8,7 @@ from app.db import ReadSession
 from app.errors import Unauthenticated, problems
 from app.quotas import usage
 from app.quotas.limits import limits_of
-from app.quotas.schemas import Count, Minutes, Quota
+from app.quotas.schemas import Quota, QuotaCount, QuotaMinutes
 from app.tables import ProjectRow
 
 router = APIRouter(prefix="/quota", tags=["quota"])
@@ -21,13 +21,15 @@ async def get_quota(asking: Asking, session: ReadSession, request: Request) -> Q
     limits = limits_of(row, request.state.settings)
     return Quota(
         project=asking.project,
-        queued=Count(used=await usage.queued(session), allowed=limits.max_queued),
-        running=Count(used=await usage.running(session), allowed=limits.max_running),
-        gpu_minutes=Minutes(
+        queued=QuotaCount(used=await usage.queued(session), allowed=limits.max_queued),
+        running=QuotaCount(used=await usage.running(session), allowed=limits.max_running),
+        gpu_minutes=QuotaMinutes(
             used=round(await usage.gpu_minutes(session), 2),
             allowed=limits.gpu_minutes,
             window_days=usage.WINDOW_DAYS,
         ),
-        stored_bytes=Count(used=await usage.stored_bytes(session), allowed=limits.max_stored_bytes),
+        stored_bytes=QuotaCount(
+            used=await usage.stored_bytes(session), allowed=limits.max_stored_bytes
+        ),
         requests_per_minute=limits.requests_per_minute,
     )

@@ -66,7 +66,7 @@ class TestTokens:
         self, service: Service, issuer: Issuer
     ) -> None:
         now = int(time.time())
-        wrong = {
+        wrong: dict[str, dict[str, Any]] = {
             "it was made for another service": {"aud": "grafana"},
             "another issuer made it": {"iss": f"{issuer.url}/"},
             "it has expired": {"exp": now - 31},
@@ -86,7 +86,10 @@ class TestTokens:
 
     def test_clocks_may_differ_by_half_a_minute(self, service: Service, issuer: Issuer) -> None:
         now = int(time.time())
-        for claims in ({"exp": now - 15}, {"nbf": now + 15}, {"iat": now + 15}):
+        wrong_clocks: list[dict[str, Any]] = [
+            {"exp": now - 15}, {"nbf": now + 15}, {"iat": now + 15},
+        ]  # fmt: skip
+        for claims in wrong_clocks:
             assert ok(get(service, issuer.sign("k1", **claims)), 200), claims
 
     def test_one_that_was_taken_a_moment_ago_expires_all_the_same(
@@ -258,7 +261,10 @@ class TestProjects:
             assert ok(get(service, plain), 200)["project"] == "everybody"
 
     def test_the_audit_log_says_who(self, service: Service, issuer: Issuer) -> None:
-        for claims in ({"email": "ada@example.org", "name": "Ada"}, {"name": "A\nda\x1b[31m"}, {}):
+        known: list[dict[str, Any]] = [
+            {"email": "ada@example.org", "name": "Ada"}, {"name": "A\nda\x1b[31m"}, {},
+        ]  # fmt: skip
+        for claims in known:
             token = issuer.sign("k1", **claims)
             ok(service.http.post("/jobs", json=service.body, headers=bearer(token)), 202)
         actors = [actor for _, actor, _, _ in audited(service)]

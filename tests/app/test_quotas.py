@@ -25,7 +25,7 @@ from app.tables import JobRow, UsageRow
 from tests.app.conftest import make_settings, serve
 from tests.app.keys import acting, audited, make_key
 from tests.app.listening import said
-from tests.app.service import Json, Service, ok
+from tests.app.service import Json, Service, make_model, ok
 
 ROWS = {"Content-Type": "application/x-ndjson"}
 DAY = 24 * 3600
@@ -97,20 +97,18 @@ class TestAtOnce:
 
     def test_of_200_no_more_are_taken_than_allowed(self, tmp_path: Path, url: str) -> None:
         settings = make_settings(tmp_path, url, max_queued_jobs=7)
-        for service in serve(settings):
-            body = service.body
-        statuses = asyncio.run(at_once(settings, body, [None] * 200))
-        assert statuses == {202: 7, 429: 193}
+        assert asyncio.run(at_once(settings, [None] * 200)) == {202: 7, 429: 193}
 
     def test_of_60_with_one_key_all_have_the_one_job(self, tmp_path: Path, url: str) -> None:
         settings = make_settings(tmp_path, url, max_queued_jobs=1)
-        for service in serve(settings):
-            body = service.body
-        assert asyncio.run(at_once(settings, body, ["same"] * 60)) == {202: 60}
+        assert asyncio.run(at_once(settings, ["same"] * 60)) == {202: 60}
 
 
-async def at_once(settings: Settings, body: Json, keys: list[str | None]) -> Counter[int]:
+async def at_once(settings: Settings, keys: list[str | None]) -> Counter[int]:
     """How so many requests at the same time are answered."""
+    make_model(settings.model_roots[0] / "tiny")
+    (settings.dataset_roots[0] / "train.jsonl").write_text("{}\n")
+    body = {"base_model": "file:tiny", "dataset_uri": "file:train.jsonl"}
     app = create_app(settings)
     async with app.router.lifespan_context(app) as state:
         assert state is not None

@@ -2,7 +2,6 @@
 
 import os
 import re
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +25,7 @@ from app.settings import Settings
 from tests.app.conftest import make_settings, serve
 from tests.app.keys import acting, bearer, make_key, operator
 from tests.app.listening import said
-from tests.app.service import Service, ok, running
+from tests.app.service import Service, ok
 from tests.faults.procs import end, reserve_port, spawn
 from tests.faults.servers import RedisServer
 from tests.system.service import until
@@ -91,6 +90,7 @@ class TestRequests:
             for project, most in (("few", 2), ("any", -1)):
                 session.execute(add_project("sqlite", project=project))
                 session.execute(limiting(project, {"requests_per_minute": most}))
+        asked = []
         for project, most in (("few", 2), ("any", 5)):  # of the key, in the end
             headers = bearer(make_key(service, project)["key"])
             asked = [service.http.get("/models", headers=headers) for _ in range(6)]
@@ -207,15 +207,14 @@ class TestGuesses:
         headers = bearer(make_key(service, "search")["key"])
         unknown = make_key(service, "other")["key"]
         assert service.http.get("/models", headers=headers).status_code == 200
-        statuses = []
         with said("FROM api_keys") as statements:
-            for _ in range(200):
-                guess = service.http.get("/models", headers=bearer(new_key().key))
-                statuses.append(guess.status_code)
-        assert statuses == [401] * 10 + [429] * 190
+            guesses = [
+                service.http.get("/models", headers=bearer(new_key().key)) for _ in range(200)
+            ]
+        assert [guess.status_code for guess in guesses] == [401] * 10 + [429] * 190
         assert len(statements) <= 11
-        assert ok(guess, 429)["code"] == "rate_limited"
-        assert 1 <= int(guess.headers["retry-after"]) <= 60
+        assert ok(guesses[-1], 429)["code"] == "rate_limited"
+        assert 1 <= int(guesses[-1].headers["retry-after"]) <= 60
         # Who was known before goes on, though it shares the address.
         assert service.http.get("/models", headers=headers).status_code == 200
         # Who was not has to wait, also with the right key: it might be a guess.
@@ -307,39 +306,3 @@ def serving(settings: Settings, **environment: str) -> Iterator[httpx2.Client]:
         finally:
             end([process.pid])
             process.wait()
-
-
-class TestStreams:
-    def test_an_upload_ends_within_five_seconds_of_its_keys_revocation(
-        self, service: Service
-    ) -> None:
-        made = make_key(service)
-        with running(service.settings) as url:
-            port = int(url.rpartition(":")[2])
-            with socket.create_connection(("127.0.0.1", port)) as client:
-                client.sendall(
-                    b"POST /datasets?filename=a.jsonl HTTP/1.1\r\nHost: localhost\r\n"
-                    b"Content-Type: application/x-ndjson\r\nTransfer-Encoding: chunked\r\n"
-                    + f"Authorization: Bearer {made['key']}\r\n\r\n".encode()
-                )
-                client.settimeout(0.05)
-                assert self.answer_to_parts(client, seconds=1.5) == b""
-                path = f"/keys/{made['id']}"
-                ok(service.http.delete(path, headers=operator(service)), 200)
-                started = time.monotonic()
-                answer = self.answer_to_parts(client, seconds=10)
-                assert answer.startswith(b"HTTP/1.1 401")
-                assert time.monotonic() - started < 5
-        with acting(service, service.settings.key_file.read_text().strip()):
-            assert service.get("/datasets")["items"] == []
-
-    @staticmethod
-    def answer_to_parts(client: socket.socket, seconds: float) -> bytes:
-        """What is answered while the upload goes on; nothing if it has not been by then."""
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            with suppress(OSError):  # it may have hung up after its answer
-                client.sendall(b"3\r\n{}\n\r\n")
-            with suppress(TimeoutError):
-                return client.recv(4096)
-        return b""

@@ -61,6 +61,7 @@ def test_it_is_openapi_3_1_with_these_routes(openapi: Json) -> None:
         "GET /keys",
         "DELETE /keys/{key_id}",
         "GET /audit",
+        "GET /quota",
         "GET /healthz",
         "GET /readyz",
         "GET /version",
