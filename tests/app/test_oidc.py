@@ -101,15 +101,15 @@ class TestTokens:
         while get(service, token).status_code == 200:
             assert time.monotonic() < deadline
 
-    @pytest.mark.parametrize("algorithm", ["none", "HS256", "HS512", "RS384", "PS256", "ES384"])
     def test_the_key_says_which_algorithm_and_not_the_token(
-        self, service: Service, issuer: Issuer, algorithm: str
+        self, service: Service, issuer: Issuer
     ) -> None:
         issuer.add("rsa", "RS256")
         public = ALGORITHMS["RS256"].from_jwk(json.dumps(issuer.published[-1]))
         payload = jwt.decode(issuer.sign("rsa"), options={"verify_signature": False})
-        forged = sign_as(algorithm, payload, public, issuer.keys["rsa"][1])
-        assert "not valid" in refusal(service, forged)
+        for algorithm in ("none", "None", "HS256", "HS512", "RS384", "PS256", "ES384"):
+            forged = sign_as(algorithm, payload, public, issuer.keys["rsa"][1])
+            assert "not valid" in refusal(service, forged), algorithm
 
     def test_keys_that_are_not_for_this_are_not_used(
         self, service: Service, issuer: Issuer

@@ -30,7 +30,9 @@ def settings(tmp_path: Path, migrated_sqlite_url: str) -> Settings:
 
 
 class TestStreams:
-    @pytest.mark.parametrize("kind", ["application/x-ndjson", FORM])
+    @pytest.mark.parametrize(
+        "kind", [FORM, pytest.param("application/x-ndjson", marks=pytest.mark.torture)]
+    )
     def test_an_upload_ends_within_five_seconds_of_its_keys_revocation(
         self, service: Service, kind: str
     ) -> None:
