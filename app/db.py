@@ -175,7 +175,9 @@ def transaction(
     """A transaction of the request's project: for routes that need several, one after another."""
     database: Database = request.state.database
     state = request.state
-    return database.scoped(state.principal.project, writes=writes, limits=getattr(state, "limits", None))
+    return database.scoped(
+        state.principal.project, writes=writes, limits=getattr(state, "limits", None)
+    )
 
 
 async def _read_session(request: Request) -> AsyncIterator[AsyncSession]:
