@@ -97,6 +97,7 @@ class JobRow(Owned, Table):
         Index("ix_jobs_project_status_created_at_id", "project", "status", "created_at", "id"),
         Index("ix_jobs_queue", "status", "project", "priority", "created_at", "id"),
         Index("ix_jobs_project_started_at", "project", "started_at"),
+        Index("ix_jobs_project_finished_at_started_at", "project", "finished_at", "started_at"),
         Index(
             "ix_jobs_several_gpus",
             *("status", "project", "priority", "created_at", "id"),
@@ -389,3 +390,31 @@ class WebhookSecretRow(Owned, Table):
     previous: Mapped[str | None]
     previous_until: Mapped[datetime | None]
     """Until then the one before signs too."""
+
+
+NO_LIMIT = -1
+
+
+class ProjectRow(Owned, Table):
+    """What one project may use. None: as the settings say; ``NO_LIMIT``: whatever they say."""
+
+    __tablename__ = "projects"
+
+    project: Mapped[str] = mapped_column(primary_key=True)
+    max_queued: Mapped[int | None]
+    max_running: Mapped[int | None]
+    gpu_minutes: Mapped[float | None] = mapped_column(Double)
+    """In 30 days."""
+    max_stored_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    requests_per_minute: Mapped[int | None]
+
+
+class UsageRow(Owned, Table):
+    """What a job has used that is deleted since: its project is still charged for it."""
+
+    __tablename__ = "usage"
+    __table_args__ = (Index("ix_usage_project_ended_at", "project", "ended_at"),)
+
+    job_id: Mapped[str] = mapped_column(primary_key=True)
+    ended_at: Mapped[datetime]
+    gpu_seconds: Mapped[float] = mapped_column(Double)

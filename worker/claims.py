@@ -22,7 +22,8 @@ from app.jobs.events import event
 from app.jobs.states import Phase, Reason, Status, may_move
 from app.outbox import wake
 from app.tables import JobRow
-from worker.queue import HELD, Fit, best, is_ready, unlocked
+from worker.caps import HELD, Cap, ProjectIsFull, check_cap, is_capped
+from worker.queue import Fit, best, is_ready, turn, unlocked
 
 RECOVERIES_LIMIT = 10  # times that a job may be held by a service that is killed
 CLAIM_TRIES = 20
@@ -71,10 +72,13 @@ class Claims:
         retry_seconds: float = 0,
         wakes: bool = False,
         gpus: int | None = None,
+        max_running: int | None = None,
     ) -> None:
         """``wakes``: what is put back into the queue leaves a wake-up in the outbox.
 
         ``gpus``: of the slot; jobs that need more are left to others. None: there are no others.
+
+        ``max_running``: jobs of a project that has no limit of its own. None: any number.
         """
         self._reading = engine
         self._writing = engine.execution_options(writes=True)
@@ -86,9 +90,11 @@ class Claims:
         self._any, self._several = Fit(gpus), Fit(gpus, several=True)
         self._prefers_several = gpus is not None and gpus > 1
         self._took_several = False
+        self._cap = Cap(max_running)
         self._takes = {
-            fit: (self._taking(best(fit)), self._taking(unlocked(fit)))
+            (fit, cap): (self._taking(best(fit, cap)), self._taking(unlocked(fit, cap)))
             for fit in (self._any, self._several)
+            for cap in (None, self._cap)
         }
         self.dialect = engine.dialect.name
 
@@ -105,16 +111,25 @@ class Claims:
         return lease or self._claim(self._any)
 
     def _claim(self, fit: Fit) -> Lease | None:
-        take_best, take_unlocked = self._takes[fit]
+        cap = None
         for _ in range(CLAIM_TRIES):
             with Session(self._reading) as session:
-                if session.scalar(select(JobRow.id).where(*is_ready(fit=fit)).limit(1)) is None:
-                    return None
-            if lease := self._take(take_best):
+                ready = select(JobRow.id, is_capped()).where(*is_ready(fit=fit)).limit(1)
+                found = session.execute(ready).one_or_none()
+            if found is None:
+                return None
+            cap = self._cap if found[1] or self._cap.default is not None else None
+            if lease := self._take(self._takes[fit, cap][0], cap):
                 return lease
+            if cap and self._is_nobodys_turn(fit, cap):
+                return None
             time.sleep(random.uniform(0, 0.02))  # noqa: S311 - others are taking the last ones
         # The best one stays locked, perhaps by a machine that is gone: it must not hold up others.
-        return self._take(take_unlocked)
+        return self._take(self._takes[fit, cap][1], cap)
+
+    def _is_nobodys_turn(self, fit: Fit, cap: Cap) -> bool:
+        with Session(self._reading) as session:
+            return session.scalar(turn(fit, cap)) is None
 
     def _taking(self, choice: ScalarSelect[str]) -> ReturningUpdate[Any]:
         return (
@@ -131,19 +146,24 @@ class Claims:
                 started_at=func.coalesce(JobRow.started_at, now()),
                 updated_at=now(),
             )
-            .returning(*LEASE)
+            .returning(*LEASE, JobRow.project)
         )
 
-    def _take(self, take: ReturningUpdate[Any]) -> Lease | None:
+    def _take(self, take: ReturningUpdate[Any], cap: Cap | None) -> Lease | None:
         asked_at = time.monotonic()
-        with self._committing(Point.CLAIM_BEFORE_COMMIT, Point.CLAIM_AFTER_COMMIT) as session:
+        committing = self._committing(Point.CLAIM_BEFORE_COMMIT, Point.CLAIM_AFTER_COMMIT)
+        with suppress(ProjectIsFull), committing as session:
             row = session.execute(take).one_or_none()
             if row is None:
                 return None
-            lease = replace(Lease(*row), asked_at=asked_at)
+            *values, project = row
+            if cap:
+                check_cap(session, project, cap)
+            lease = replace(Lease(*values), asked_at=asked_at)
             what = f"Attempt {lease.attempt} is running."
             session.execute(event(lease.job_id, "job.running", what, worker=self._worker))
             return lease
+        return None
 
     def wish(self, lease: Lease) -> Status:
         """What the row says now: ``running``, or a wish to cancel or pause."""

@@ -109,6 +109,7 @@ class Bench:
             retry_seconds=settings.retry_seconds,
             wakes=settings.is_cluster,
             gpus=slot.size if settings.is_cluster else None,
+            max_running=settings.max_running_jobs,
         )
         fetcher = Fetcher(settings, self._engine, store)
         self._supervisor = Supervisor(settings, self.claims, fetcher, store, draining, slot.device)

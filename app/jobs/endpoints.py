@@ -23,6 +23,8 @@ from app.errors import (
     InvalidRequest,
     JobNotFound,
     MalformedBody,
+    QuotaExceeded,
+    RateLimited,
     TooLarge,
     Unauthenticated,
     UnsupportedMediaType,
@@ -128,6 +130,8 @@ class MetricQuery(Page):
         UnsupportedMediaType,
         InvalidRequest,
         IdempotencyKeyReused,
+        RateLimited,
+        QuotaExceeded,
     ),
     summary="Submit a job",
 )

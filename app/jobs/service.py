@@ -17,6 +17,7 @@ from app.errors import (
     IllegalTransition,
     InvalidRequest,
     JobNotFound,
+    QuotaExceeded,
 )
 from app.faults import Fault
 from app.ids import is_id, new_id
@@ -37,6 +38,7 @@ from app.jobs.schemas import (
 from app.jobs.states import Reason, Status
 from app.net.rules import Rules
 from app.net.urls import check_url
+from app.quotas.service import Quotas
 from app.settings import Settings
 from app.tables import JobRow
 from app.tracing import inject
@@ -75,12 +77,13 @@ class JobService:
                 faults=faults,
             )
         try:
+            await Quotas(self._session, self._settings).admit_job()
             async with self._session.begin_nested() if key else nullcontext():
                 row = await self._jobs.add(**_new_row(spec), request_id=request_id)
                 await self._tell_if_too_large(row)
                 if key:
                     await self._jobs.remember(key, digest, row.id)
-        except IntegrityError:
+        except (IntegrityError, QuotaExceeded):
             # The same key in another request, committed a moment ago: its job is the answer.
             if key and (earlier := await self._replay(key, digest)):
                 return earlier, True

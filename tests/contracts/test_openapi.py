@@ -89,6 +89,7 @@ def test_it_is_openapi_3_1_with_these_routes(openapi: Json) -> None:
         "GET /v1/models",
         "GET /v1/models/{model}",
         "DELETE /v1/models/{model}",
+        "GET /quota",
         "GET /healthz",
         "GET /readyz",
         "GET /version",
