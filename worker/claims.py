@@ -204,13 +204,11 @@ class Claims:
         self._end(lease, Status.CANCELLED, "The job was cancelled while it ran.")
 
     def release(self, lease: Lease, why: str, **values: Any) -> None:
-        """Put a drained job back; the attempt does not count."""
+        """Put a drained job back, or pause it if that is wished; the attempt does not count."""
         with self._requeueing() as session:
             status = self.extend(session, lease)
-            if status is Status.CANCELLING:
-                self._finish(session, lease, Status.CANCELLED, "The job was cancelled.")
-                return
-            self._requeue(session, lease, why, attempt=JobRow.attempt - 1, **values)
+            if not self._fulfil(session, lease, status, why, attempt=JobRow.attempt - 1, **values):
+                self._requeue(session, lease, why, attempt=JobRow.attempt - 1, **values)
 
     def lose(self, lease: Lease, reason: Reason, why: str) -> None:
         """Put a job back whose trainer has died, or fail it after the last attempt.
@@ -314,9 +312,10 @@ class Claims:
         self, session: Session, lease: Lease, reason: Reason, why: str, wait: float = 0
     ) -> None:
         status = self.extend(session, lease)
-        if status is Status.CANCELLING:
-            self._finish(session, lease, Status.CANCELLED, "The job was cancelled.")
-        elif lease.attempt >= self._max_attempts:
+        attempt = min(lease.attempt, self._max_attempts - 1)  # one is left for when it goes on
+        if self._fulfil(session, lease, status, why, attempt=attempt):
+            return
+        if lease.attempt >= self._max_attempts:
             message = f"{why} That was attempt {lease.attempt} of {self._max_attempts}."
             self._finish(
                 session,
@@ -329,6 +328,19 @@ class Claims:
             )
         else:
             self._requeue(session, lease, why, wait)
+
+    def _fulfil(
+        self, session: Session, lease: Lease, status: Status, why: str, **values: Any
+    ) -> bool:
+        """Nobody runs the job any more: whoever wished so has what he wants."""
+        if status is Status.CANCELLING:
+            self._finish(session, lease, Status.CANCELLED, "The job was cancelled.")
+            return True
+        if status is Status.PAUSING:
+            freed = {"phase": None, "worker": None, "lease_until": None, "paused_at": now()}
+            self._move(session, lease, Status.PAUSED, "job.paused", why, **freed, **values)
+            return True
+        return False
 
     def _requeue(
         self, session: Session, lease: Lease, why: str, wait: float = 0, **values: Any

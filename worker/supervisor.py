@@ -38,11 +38,14 @@ Value = TypeVar("Value")
 log = structlog.get_logger()
 
 HANDOVER_SECONDS = 20  # that a drained job waits for its last checkpoint to be in the store
+YIELDING = {Stop.DRAIN, Stop.PAUSE}  # stops after which the job goes on from where it is
+TURN_SECONDS = 0.5
 UNFORESEEN = JobError("The worker met an error of its own.", "See the worker's log.")
 
 
 INTERRUPTED: dict[Stop | None, str] = {
     Stop.DRAIN: "drained",
+    Stop.PAUSE: "paused",
     Stop.CUT_OFF: "cut_off",
     Stop.CANCEL: "cancelled",
     Stop.MAX_RUNTIME: Reason.MAX_RUNTIME,
@@ -233,9 +236,17 @@ class Supervisor:
             try:
                 return self._run("train", folder, lease, progress, watch, hear=hear)
             except (Interrupted, TrainerDied):
-                if watch.stop in {None, Stop.DRAIN}:
-                    handover.finish(HANDOVER_SECONDS)
+                self._finish(handover, watch)
                 raise
+
+    def _finish(self, handover: Handover, watch: Watch) -> None:
+        """See the last checkpoint into the store; a pause is in less of a hurry than a drain."""
+        if watch.stop is None or watch.stop in YIELDING:
+            handover.finish(HANDOVER_SECONDS)
+        deadline = time.monotonic() + self._settings.drain_grace_seconds
+        while watch.stop is Stop.PAUSE and not self._draining.is_set():
+            if handover.finish(TURN_SECONDS) or time.monotonic() > deadline:
+                return
 
     def _publish(
         self, folder: Path, lease: Lease, watch: Watch, result: dict[str, Any]
@@ -326,6 +337,9 @@ class Supervisor:
                 )
             case Stop.DRAIN:
                 why = "The worker stops; the job goes on from a checkpoint."
+                self._write(lambda: self._claims.release(lease, why))
+            case Stop.PAUSE:
+                why = "The trainer has stopped; the job can go on from its last checkpoint."
                 self._write(lambda: self._claims.release(lease, why))
             case Stop.CUT_OFF:
                 why = "The worker could not reach the database; the job goes on from a checkpoint."

@@ -203,6 +203,36 @@ async def cancel_job(job_id: str, jobs: Writing) -> Job:
     return await jobs.cancel(job_id)
 
 
+@router.post(
+    "/{job_id}/pause",
+    status_code=202,
+    responses=problems(Unauthenticated, JobNotFound, IllegalTransition),
+    summary="Pause a job",
+)
+async def pause_job(job_id: str, jobs: Writing) -> Job:
+    """Repeatable. A running job is `pausing` until its trainer has written a checkpoint.
+
+    While it is `paused` it holds no GPU, and its times in the queue and at work stand still.
+    """
+    return await jobs.pause(job_id)
+
+
+@router.post(
+    "/{job_id}/resume",
+    status_code=202,
+    responses=problems(Unauthenticated, JobNotFound, IllegalTransition),
+    summary="Let a paused job go on",
+)
+async def resume_job(
+    job_id: str, jobs: Writing, request: Request, background: BackgroundTasks
+) -> Job:
+    """Repeatable. It waits in the queue again, and goes on from its last checkpoint."""
+    job = await jobs.resume(job_id)
+    if wakes := request.state.wakes:
+        background.add_task(wakes.nudge)  # after the commit and the answer
+    return job
+
+
 @router.get(
     "/{job_id}/events",
     responses=problems(Unauthenticated, JobNotFound, InvalidRequest),

@@ -29,7 +29,12 @@ from app.tables import EventRow, IdempotencyRow, JobRow, MetricRow, WorkerRow
 
 WAITING = [s for s in Status if may_move(s, Status.CANCELLED) and not s.is_held]
 STOPPABLE = [s for s in Status if may_move(s, Status.CANCELLING)]
+PAUSABLE = [s for s in Status if may_move(s, Status.PAUSING)]
 POSITIONS_LIMIT = 1000
+PAUSE_MESSAGES = {
+    Status.PAUSED: "The job was paused while it waited.",
+    Status.PAUSING: "The trainer was asked to write a checkpoint and stop.",
+}
 CANCEL_MESSAGES = {
     Status.CANCELLED: "The job was cancelled before it ran.",
     Status.CANCELLING: "The trainer was asked to stop.",
@@ -122,6 +127,41 @@ class JobRepository:
             await self._session.execute(
                 event(job_id, f"job.{status}", CANCEL_MESSAGES[Status(status)])
             )
+
+    async def pause(self, job_id: str) -> None:
+        """As ``cancel``: a job that waits is paused at once, one that runs when it has stopped."""
+        is_waiting = JobRow.status == Status.QUEUED
+        statement = (
+            update(JobRow)
+            .where(JobRow.id == job_id, JobRow.status.in_([Status.QUEUED, *PAUSABLE]))
+            .values(
+                status=case((is_waiting, Status.PAUSED.value), else_=Status.PAUSING.value),
+                paused_at=now(),
+                updated_at=now(),
+            )
+            .returning(JobRow.status)
+        )
+        if status := await self._session.scalar(statement):
+            await self.tell(job_id, f"job.{status}", PAUSE_MESSAGES[Status(status)])
+
+    async def resume(self, job_id: str) -> None:
+        """Back into the queue, to wait there for no longer than was left when it was paused."""
+        statement = (
+            update(JobRow)
+            .where(JobRow.id == job_id, JobRow.status == Status.PAUSED)
+            .values(status=Status.QUEUED, available_at=None, updated_at=now())
+            .returning(JobRow.queue_deadline, JobRow.paused_at)
+        )
+        resumed = (await self._session.execute(statement)).one_or_none()
+        if resumed is None:
+            return
+        if resumed.queue_deadline and resumed.paused_at:
+            left = (resumed.queue_deadline - resumed.paused_at).total_seconds()
+            shifted = update(JobRow).where(JobRow.id == job_id).values(queue_deadline=now(left))
+            await self._session.execute(shifted)
+        await self.tell(job_id, "job.resumed", "The job waits for a worker again.")
+        if self._wakes:
+            await self._session.execute(wake(job_id))
 
     async def events(self, job_id: str, *, after: int, limit: int) -> Sequence[EventRow]:
         statement = (

@@ -133,6 +133,28 @@ class JobService:
             )
         return await self._present(row)
 
+    async def pause(self, job_id: str) -> Job:
+        if is_id(job_id, "job"):
+            await self._jobs.pause(job_id)
+        row = await self.row(job_id)
+        if row.status not in {Status.PAUSING, Status.PAUSED}:
+            raise IllegalTransition(
+                f"The job is {row.status} and cannot be paused.",
+                "Only a job that waits or runs can be paused.",
+            )
+        return await self._present(row)
+
+    async def resume(self, job_id: str) -> Job:
+        if is_id(job_id, "job"):
+            await self._jobs.resume(job_id)
+        row = await self.row(job_id)
+        if row.status not in {Status.QUEUED, Status.RUNNING}:
+            hint = "Only a paused job can be resumed."
+            if row.status == Status.PAUSING:
+                hint = "Its trainer has not stopped yet: wait until the job is paused."
+            raise IllegalTransition(f"The job is {row.status} and cannot be resumed.", hint)
+        return await self._present(row)
+
     async def events(self, job_id: str, *, after: int, limit: int) -> EventPage:
         await self.row(job_id)
         rows = await self._jobs.events(job_id, after=after, limit=limit)
