@@ -151,6 +151,14 @@ async def _write_session(request: Request) -> AsyncIterator[AsyncSession]:
 
 
 @asynccontextmanager
+async def transaction(request: Request, *, writes: bool) -> AsyncIterator[AsyncSession]:
+    """A transaction within a request that outlives it: of a long-poll, or of a stream."""
+    database: Database = request.state.database
+    async with _session(database.writing if writes else database.reading) as session:
+        yield session
+
+
+@asynccontextmanager
 async def _session(make: async_sessionmaker[AsyncSession]) -> AsyncIterator[AsyncSession]:
     try:
         async with asyncio.timeout(REQUEST_SECONDS), make() as session, session.begin():

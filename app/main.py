@@ -11,6 +11,7 @@ from app import __version__, health, metrics
 from app.adapters import endpoints as adapters
 from app.auth import ensure_key, require_key
 from app.broker_health import BrokerHealth
+from app.changes import Changes, told_to_stop
 from app.datasets import endpoints as datasets
 from app.datasets.uploads import forget_broken
 from app.db import ANSWER_SECONDS, Database, make_engine
@@ -40,6 +41,8 @@ class State(TypedDict):
     key: str | None
     wakes: Periodic | None
     """Sends wake-ups to the workers of a cluster."""
+    changes: Changes
+    """Tells long-polls and streams."""
     broker: BrokerHealth
     metrics: metrics.Metrics
 
@@ -71,16 +74,18 @@ def create_app(settings: Settings) -> FastAPI:
         database = Database(settings.database)
         numbers.read_from(database)
         relaying = relay(settings)
+        changes = Changes(database)
         key = ensure_key(settings)[0] if settings.auth == "key" else None
         store = open_store(settings)
         forget_broken(settings.uploads_dir)
         try:
-            with relaying as wakes:
+            with relaying as wakes, told_to_stop(changes.close):
                 yield State(
                     settings=settings, database=database, store=store, key=key, wakes=wakes,
-                    broker=broker, metrics=numbers,
+                    changes=changes, broker=broker, metrics=numbers,
                 )  # fmt: skip
         finally:
+            await changes.aclose()
             await database.engine.dispose()
             await asyncio.to_thread(flush)
 

@@ -1,11 +1,11 @@
 """The routes of jobs."""
 
-import hashlib
 import re
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, BackgroundTasks, Depends, Header, Query, Request, Response
+from fastapi.sse import EventSourceResponse
 from pydantic import (
     AfterValidator,
     AwareDatetime,
@@ -27,8 +27,9 @@ from app.errors import (
     UnsupportedMediaType,
     problems,
 )
-from app.etags import names
+from app.etags import names, prefers
 from app.faults import Fault
+from app.jobs.following import LONGEST_WAIT_SECONDS, EventStream, look, wait_for_change
 from app.jobs.repository import JobFilter
 from app.jobs.schemas import LABEL_NAME, EventPage, Job, JobCreate, JobPage, MetricSeries
 from app.jobs.service import JobService
@@ -65,6 +66,13 @@ Writing = Annotated[JobService, Depends(writing)]
 
 BIGGEST = 2**31 - 1  # of the integers that both databases keep
 
+LastEventId = Annotated[
+    int | None,
+    Header(ge=0, le=BIGGEST, description="Of a stream: the number of the last event seen."),
+]
+
+STREAM_HEADERS = {"Cache-Control": "no-cache", "Vary": "Accept", "X-Accel-Buffering": "no"}
+
 PlainText = Annotated[str, Field(max_length=1024, pattern=r"^[^\x00]*$")]
 
 
@@ -95,6 +103,15 @@ class ListQuery(Page):
     def _without_labels(cls, values: dict[str, Any]) -> dict[str, Any]:
         """`label.team=nlp` has a name of the user's; ``label_filters`` reads it."""
         return {name: value for name, value in values.items() if not name.startswith("label.")}
+
+
+class JobQuery(Page):
+    wait: float = Field(
+        0,
+        ge=0,
+        le=LONGEST_WAIT_SECONDS,
+        description="Answer when the job has changed, or after so many seconds.",
+    )
 
 
 class EventQuery(Page):
@@ -170,26 +187,37 @@ async def list_jobs(
     )
 
 
+@router.head("/{job_id}", include_in_schema=False)
 @router.get(
     "/{job_id}",
     response_model=Job,
     responses={
-        **problems(Unauthenticated, JobNotFound),
+        **problems(Unauthenticated, JobNotFound, InvalidRequest),
         304: {"description": "The client has it: If-None-Match names its ETag."},
     },
     summary="Show a job",
 )
-async def get_job(job_id: str, jobs: Reading, if_none_match: IfNoneMatch = None) -> Response:
-    """Carries an `ETag`; sent back as `If-None-Match`, it is 304 until something has changed."""
-    job = await jobs.get(job_id)
-    body = job.model_dump_json().encode()
-    etag = f'"{hashlib.sha256(body).hexdigest()}"'
-    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
-    if not job.status.is_terminal:
-        headers["Retry-After"] = RETRY_SECONDS[job.status is Status.RUNNING]
-    if names(if_none_match, etag):
+async def get_job(
+    job_id: str,
+    request: Request,
+    query: Annotated[JobQuery, Query()],
+    if_none_match: IfNoneMatch = None,
+) -> Response:
+    """Carries an `ETag`; sent back as `If-None-Match`, it is 304 until something has changed.
+
+    With `wait` the answer comes when the job is no longer what that names (without it: what the
+    job is now), or when the time is over. A job that is over is answered at once.
+    """
+    if query.wait:
+        found = await wait_for_change(request, job_id, if_none_match, query.wait)
+    else:
+        found = await look(request, job_id)
+    headers = {"ETag": found.etag, "Cache-Control": "private, no-cache"}
+    if not found.job.status.is_terminal:
+        headers["Retry-After"] = RETRY_SECONDS[found.job.status is Status.RUNNING]
+    if names(if_none_match, found.etag):
         return Response(status_code=304, headers=headers)
-    return Response(body, headers=headers, media_type="application/json")
+    return Response(found.body, headers=headers, media_type="application/json")
 
 
 @router.post(
@@ -235,13 +263,39 @@ async def resume_job(
 
 @router.get(
     "/{job_id}/events",
-    responses=problems(Unauthenticated, JobNotFound, InvalidRequest),
+    response_model=EventPage,
+    responses={
+        **problems(Unauthenticated, JobNotFound, InvalidRequest),
+        200: {
+            "description": "A page of events; or all of them as they come, as `text/event-stream`",
+            "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        },
+        204: {"description": "The job is over, and the client has heard all of its stream."},
+    },
     summary="What happened to a job",
 )
 async def list_events(
-    job_id: str, jobs: Reading, query: Annotated[EventQuery, Query()]
-) -> EventPage:
-    return await jobs.events(job_id, after=query.after, limit=query.limit)
+    job_id: str,
+    jobs: Reading,
+    request: Request,
+    response: Response,
+    query: Annotated[EventQuery, Query()],
+    last_event_id: LastEventId = None,
+) -> Any:
+    """With `Accept: text/event-stream` the events come as they happen, each once and in order:
+    `id` is the number, `event` the type, `data` the event as JSON. `progress` without an id tells
+    of steps in between. The stream ends after the job's last event; a client that comes again is
+    told all that it has missed, by `Last-Event-ID` or `after`.
+    """
+    response.headers["Vary"] = "Accept"
+    if not prefers(request.headers.get("accept", ""), EventSourceResponse.media_type):
+        return await jobs.events(job_id, after=query.after, limit=query.limit)
+    after = query.after if last_event_id is None else last_event_id
+    news = await jobs.news(job_id, after=after)
+    if news.is_over and not news.events:
+        return Response(status_code=204, headers=STREAM_HEADERS)  # browsers do not come again
+    stream = EventStream(request, job_id, after, news)
+    return EventSourceResponse(stream.frames(), headers=STREAM_HEADERS)
 
 
 @router.get(

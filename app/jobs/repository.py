@@ -81,6 +81,15 @@ class JobRepository:
             return None
         return await self._session.get(JobRow, job_id, populate_existing=True)
 
+    async def place(self, job_id: str) -> dict[str, Any] | None:
+        """Where a job is in its life, without all that is large."""
+        if not is_id(job_id, "job"):
+            return None
+        columns = (JobRow.status, JobRow.phase, JobRow.step, JobRow.total_steps, JobRow.progress)
+        found = await self._session.execute(select(*columns).where(JobRow.id == job_id))
+        row = found.mappings().one_or_none()
+        return dict(row) if row else None
+
     async def page(
         self, wanted: JobFilter, *, limit: int, after: tuple[datetime, str] | None
     ) -> Sequence[JobRow]:

@@ -5,6 +5,7 @@ import base64
 import hashlib
 import json
 from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -45,6 +46,22 @@ from app.uris import (
     resolve_dataset_file,
     resolve_model_folder,
 )
+
+EVENTS_AT_ONCE = 200
+
+
+@dataclass
+class News:
+    """What has happened to a job since an event."""
+
+    events: list[Event]
+    progress: dict[str, Any] | None
+    """Where it is; none before its first step."""
+    is_over: bool
+    is_whole: bool
+    """These are all the events; else more follow at once."""
+    is_stale: bool = False
+    """The database was away when it was to be read again."""
 
 
 class JobService:
@@ -160,6 +177,19 @@ class JobService:
         rows = await self._jobs.events(job_id, after=after, limit=limit)
         items = [Event.model_validate(row, from_attributes=True) for row in rows]
         return EventPage(items=items, next=items[-1].seq if items else after)
+
+    async def news(self, job_id: str, *, after: int) -> News:
+        # Its state before its events: a job that is over has its last event then.
+        place = await self._jobs.place(job_id)
+        if place is None:
+            raise JobNotFound(job_id)
+        rows = await self._jobs.events(job_id, after=after, limit=EVENTS_AT_ONCE)
+        return News(
+            events=[Event.model_validate(row, from_attributes=True) for row in rows],
+            progress=place if place["progress"] else None,
+            is_over=Status(place["status"]).is_terminal,
+            is_whole=len(rows) < EVENTS_AT_ONCE,
+        )
 
     async def metrics(
         self, job_id: str, *, since_step: int, series: str | None, limit: int

@@ -119,6 +119,7 @@ class TestResume:
             deadline, moment = session.execute(
                 select(JobRow.queue_deadline, now()).where(JobRow.id == job_id)
             ).one()
+        assert deadline is not None
         assert (deadline - moment).total_seconds() == pytest.approx(40, abs=2)
 
     def test_a_job_without_a_deadline_gets_none(self, any_service: Service) -> None:
