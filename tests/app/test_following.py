@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -70,23 +71,33 @@ def ask(
 
 
 class TestLongPoll:
-    def test_it_answers_when_the_job_has_changed(
+    def test_it_answers_when_the_job_is_not_what_the_client_has(
         self, served: Live, pool: ThreadPoolExecutor
     ) -> None:
         job_id = served.submit()["id"]
         etag = served.http.get(f"/jobs/{job_id}").headers["etag"]
-        asked = [
-            ask(served, pool, job_id, 60), ask(served, pool, job_id, 60, If_None_Match=etag)
-        ]  # fmt: skip
-        assert not any(future.done() for future in asked)
+        asked = ask(served, pool, job_id, 60, If_None_Match=etag)
+        assert not asked.done()
         changed_at = time.monotonic()
         served.happen(job_id, "job.running", status=Status.RUNNING)
-        for future in asked:
-            answer = future.result(20)
-            assert (answer.status_code, answer.json()["status"]) == (200, "running")
-            assert answer.headers["etag"] != etag
+        answer = asked.result(20)
+        assert (answer.status_code, answer.json()["status"]) == (200, "running")
+        assert answer.headers["etag"] != etag
         assert time.monotonic() - changed_at < 3
         assert served.waiting == 0
+
+    def test_or_when_it_changes_where_the_client_has_nothing(
+        self, served: Live, pool: ThreadPoolExecutor
+    ) -> None:
+        job_id = served.submit()["id"]
+        asked, steps = ask(served, pool, job_id, 60), count(1)
+
+        def train() -> bool:  # it may not have read the job yet when it is waiting
+            served.happen(job_id, "job.evaluated", status=Status.RUNNING, step=next(steps))
+            return asked.done()
+
+        until(train, seconds=20, every=0.2)
+        assert asked.result().json()["status"] == "running"
 
     def test_without_a_change_it_is_what_it_was_when_the_time_is_over(
         self, one: Live, pool: ThreadPoolExecutor
@@ -122,7 +133,8 @@ class TestLongPoll:
     ) -> None:
         monkeypatch.setattr(following, "RECHECK_SECONDS", 0.2)
         first, second = (one.submit()["id"] for _ in range(2))
-        asked = ask(one, pool, second, 60)
+        etag = one.http.get(f"/jobs/{second}").headers["etag"]
+        asked = ask(one, pool, second, 60, If_None_Match=etag)
         one.set(first, status=Status.RUNNING)
         assert asked.result(20).json()["queue_position"] == 0
 
