@@ -8,8 +8,7 @@ import random
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import CursorResult, Engine, ScalarSelect, func, null, select, update
@@ -22,40 +21,14 @@ from app.jobs.events import event
 from app.jobs.states import Phase, Reason, Status, may_move
 from app.outbox import wake
 from app.tables import JobRow
+from worker.lease import LEASE
+from worker.lease import Lease as Lease
+from worker.lease import LeaseLost as LeaseLost
 from worker.queue import HELD, Fit, best, is_ready, unlocked
 
 RECOVERIES_LIMIT = 10  # times that a job may be held by a service that is killed
 CLAIM_TRIES = 20
 LONGEST_WAIT_SECONDS = 3600  # for its next attempt, of a job whose trainers die
-
-
-class LeaseLost(Exception):
-    """Another attempt holds the job, or nobody does: whoever sees this must stop at once."""
-
-
-@dataclass(frozen=True)
-class Lease:
-    job_id: str
-    fence: int
-    attempt: int
-    spec: Mapping[str, Any]
-    runtime: float
-    """Seconds that earlier attempts have worked."""
-    created_at: datetime
-    inputs: Mapping[str, Any] | None
-    """What the first attempt has read, where that is pinned."""
-    checkpoint: Mapping[str, Any] | None
-    """The newest one in the store."""
-    request_id: str | None
-    traceparent: str | None
-    asked_at: float = field(default_factory=time.monotonic)
-    """By the clock of this machine, before the claim: the lease has not begun earlier."""
-
-
-LEASE = (
-    JobRow.id, JobRow.fence, JobRow.attempt, JobRow.spec, JobRow.runtime, JobRow.created_at,
-    JobRow.inputs, JobRow.checkpoint, JobRow.request_id, JobRow.traceparent,
-)  # fmt: skip
 
 
 class Claims:

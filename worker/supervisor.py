@@ -24,6 +24,7 @@ from worker.devices import first_of, visible
 from worker.fetch import Fetcher
 from worker.handover import Handover, restore
 from worker.inputs import CHECKPOINTS, JOB_FILE, LOG_FILE
+from worker.log_tail import LogTail
 from worker.patience import until_stored, until_written
 from worker.pipe import Message
 from worker.process import FolderBusy, Task, TrainerProcess, out_of_memory_kills
@@ -130,12 +131,13 @@ class Supervisor:
 
     def _attempt(self, lease: Lease) -> str:
         """Work under the lease and write how that ended: one of ``metrics.OUTCOMES``."""
-        progress = Progress(self._claims, lease)
+        tail = LogTail(self._folder(lease) / LOG_FILE, lease.job_id, lease.logged)
+        progress = Progress(self._claims, lease, tail)
         with Watch(self._settings, self._claims, lease, progress, self._draining) as watch:
             try:
                 result, adapter = self._work(lease, progress, watch)
             except Interrupted:
-                self._write(progress.flush)
+                self._write(progress.finish)
                 stop = watch.stop  # read once: after this the watch finds the job given back
                 self._yield_to(stop, lease)
                 outcome = INTERRUPTED[stop]
@@ -150,14 +152,14 @@ class Supervisor:
             except Exception as error:
                 outcome = self._fail(lease, progress, error)
             else:
-                self._write(progress.flush)
+                self._write(progress.finish)
                 self._write(lambda: self._claims.succeed(lease, result=result, adapter=adapter))
                 outcome = "succeeded"
             self._forget_checkpoints(lease)
         return outcome
 
     def _lose(self, lease: Lease, progress: Progress, death: "TrainerDied") -> str:
-        self._write(progress.flush)
+        self._write(progress.finish)
         self._write(lambda: self._claims.lose(lease, death.reason, str(death)))
         return death.reason
 
@@ -171,7 +173,7 @@ class Supervisor:
             )
             self._draining.wait(self._settings.retry_seconds)
             return outcome
-        self._write(progress.flush)
+        self._write(progress.finish)
         reason = Reason(failure.reason)
         self._write(lambda: self._claims.fail(lease, reason, failure.message, failure.hint))
         return reason

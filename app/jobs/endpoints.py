@@ -31,7 +31,15 @@ from app.etags import names, prefers
 from app.faults import Fault
 from app.jobs.following import LONGEST_WAIT_SECONDS, EventStream, look, wait_for_change
 from app.jobs.repository import JobFilter
-from app.jobs.schemas import LABEL_NAME, EventPage, Job, JobCreate, JobPage, MetricSeries
+from app.jobs.schemas import (
+    LABEL_NAME,
+    EventPage,
+    Job,
+    JobCreate,
+    JobPage,
+    LogPage,
+    MetricSeries,
+)
 from app.jobs.service import JobService
 from app.jobs.states import Status
 
@@ -117,6 +125,11 @@ class JobQuery(Page):
 class EventQuery(Page):
     after: int = Field(0, ge=0, le=BIGGEST, description="Number of the last event seen.")
     limit: int = Field(100, ge=1, le=1000)
+
+
+class LogQuery(Page):
+    after: int = Field(0, ge=0, le=BIGGEST, description="Number of the last line seen.")
+    limit: int = Field(1000, ge=1, le=10_000)
 
 
 class MetricQuery(Page):
@@ -296,6 +309,16 @@ async def list_events(
         return Response(status_code=204, headers=STREAM_HEADERS)  # browsers do not come again
     stream = EventStream(request, job_id, after, news)
     return EventSourceResponse(stream.frames(), headers=STREAM_HEADERS)
+
+
+@router.get(
+    "/{job_id}/logs",
+    responses=problems(Unauthenticated, JobNotFound, InvalidRequest),
+    summary="What a job's trainer has printed",
+)
+async def list_logs(job_id: str, jobs: Reading, query: Annotated[LogQuery, Query()]) -> LogPage:
+    """Line by line, without secrets, some seconds old; of a long log the newest lines."""
+    return await jobs.logs(job_id, after=query.after, limit=query.limit)
 
 
 @router.get(

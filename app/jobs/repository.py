@@ -25,7 +25,7 @@ from app.ids import is_id
 from app.jobs.events import event
 from app.jobs.states import Status, may_move
 from app.outbox import wake
-from app.tables import EventRow, IdempotencyRow, JobRow, MetricRow, WorkerRow
+from app.tables import EventRow, IdempotencyRow, JobRow, LogRow, MetricRow, WorkerRow
 
 WAITING = [s for s in Status if may_move(s, Status.CANCELLED) and not s.is_held]
 STOPPABLE = [s for s in Status if may_move(s, Status.CANCELLING)]
@@ -177,6 +177,15 @@ class JobRepository:
             select(EventRow)
             .where(EventRow.job_id == job_id, EventRow.seq > after)
             .order_by(EventRow.seq)
+            .limit(limit)
+        )
+        return (await self._session.scalars(statement)).all()
+
+    async def logs(self, job_id: str, *, after: int, limit: int) -> Sequence[LogRow]:
+        statement = (
+            select(LogRow)
+            .where(LogRow.job_id == job_id, LogRow.seq > after)
+            .order_by(LogRow.seq)
             .limit(limit)
         )
         return (await self._session.scalars(statement)).all()

@@ -355,6 +355,19 @@ class EventPage(BaseModel):
     )
 
 
+class LogLine(BaseModel):
+    seq: int
+    at: datetime = Field(description="When the worker has read it.")
+    text: str
+
+
+class LogPage(BaseModel):
+    items: list[LogLine]
+    next: int = Field(
+        description="Pass it as `after` for what comes next, also where nothing has come yet."
+    )
+
+
 class Metric(BaseModel):
     step: int
     series: Literal["train", "held_out"]

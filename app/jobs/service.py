@@ -32,6 +32,8 @@ from app.jobs.schemas import (
     JobCreate,
     JobPage,
     JobSummary,
+    LogLine,
+    LogPage,
     Metric,
     MetricSeries,
 )
@@ -190,6 +192,12 @@ class JobService:
             is_over=Status(place["status"]).is_terminal,
             is_whole=len(rows) < EVENTS_AT_ONCE,
         )
+
+    async def logs(self, job_id: str, *, after: int, limit: int) -> LogPage:
+        await self.row(job_id)
+        rows = await self._jobs.logs(job_id, after=after, limit=limit)
+        items = [LogLine.model_validate(row, from_attributes=True) for row in rows]
+        return LogPage(items=items, next=items[-1].seq if items else after)
 
     async def metrics(
         self, job_id: str, *, since_step: int, series: str | None, limit: int
