@@ -17,6 +17,7 @@ from app.datasets.uploads import forget_broken
 from app.db import ANSWER_SECONDS, Database, make_engine
 from app.errors import install_error_handlers
 from app.jobs import endpoints as jobs
+from app.jobs import record_endpoints as records
 from app.logs import configure_logs
 from app.middleware import BodyLimit, RequestLog, SameSite
 from app.models import endpoints as models
@@ -104,6 +105,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(metrics.router)
     with_key: dict[str, Any] = {"dependencies": [Depends(require_key)]}
     app.include_router(jobs.router, **with_key)
+    app.include_router(records.router, **with_key)
     app.include_router(adapters.router, **with_key)
     app.include_router(datasets.router, **with_key)
     app.include_router(models.router, **with_key)

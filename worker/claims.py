@@ -281,6 +281,15 @@ class Claims:
             )
             return {row.id: row.reason for row in rows}
 
+    def known(self, job_ids: Collection[str]) -> set[str]:
+        """Those of these jobs that exist."""
+        with Session(self._reading) as session:
+            return set(session.scalars(select(JobRow.id).where(JobRow.id.in_(job_ids))))
+
+    def has_jobs(self) -> bool:
+        with Session(self._reading) as session:
+            return session.scalar(select(JobRow.id).limit(1)) is not None
+
     def _lose(
         self, session: Session, lease: Lease, reason: Reason, why: str, wait: float = 0
     ) -> None:

@@ -1,6 +1,5 @@
 """One job from its claim to its end, in this process; the training itself runs in another."""
 
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -22,8 +21,9 @@ from worker import metrics
 from worker.claims import Claims, Lease, LeaseLost
 from worker.devices import first_of, visible
 from worker.fetch import Fetcher
+from worker.folders import Folders
 from worker.handover import Handover, restore
-from worker.inputs import CHECKPOINTS, JOB_FILE, LOG_FILE
+from worker.inputs import LOG_FILE
 from worker.log_tail import LogTail
 from worker.patience import until_stored, until_written
 from worker.pipe import Message
@@ -106,6 +106,7 @@ class Supervisor:
         self._store = store
         self._draining = draining
         self._device = device
+        self.folders = Folders(claims, settings.work_dir)
 
     def run(self, lease: Lease) -> None:
         """Bring the job to an end, or back into the queue. Never raises for the job's own sake."""
@@ -127,7 +128,7 @@ class Supervisor:
                 metrics.attempt_ended(outcome, time.monotonic() - began)
                 metrics.gpu_memory(self._device, 0)
                 flush()
-        self.sweep()
+        self.folders.sweep()
 
     def _attempt(self, lease: Lease) -> str:
         """Work under the lease and write how that ended: one of ``metrics.OUTCOMES``."""
@@ -375,26 +376,3 @@ class Supervisor:
 
     def _folder(self, lease: Lease) -> Path:
         return self._settings.work_dir / lease.job_id
-
-    def sweep(self) -> None:
-        """Clear what jobs have left that were over before anybody could."""
-        folders = [path for path in self._settings.work_dir.glob("*/*") if path.is_dir()]
-        over = self._claims.over({path.parent.name for path in folders})
-        for job_id, reason in over.items():
-            clear(self._settings.work_dir / job_id, reason)
-
-
-def clear(folder: Path, reason: str | None) -> None:
-    """Of a job that is over only the description and the log stay on the worker.
-
-    Where the loss has diverged the last checkpoints stay too: they are from before that.
-    """
-    kept = {JOB_FILE, LOG_FILE} | ({CHECKPOINTS} if reason == Reason.LOSS_DIVERGED else set())
-    with suppress(OSError):
-        for path in folder.iterdir():
-            if path.name in kept:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink()

@@ -4,8 +4,8 @@ import re
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
+import structlog
 from fastapi import APIRouter, BackgroundTasks, Depends, Header, Query, Request, Response
-from fastapi.sse import EventSourceResponse
 from pydantic import (
     AfterValidator,
     AwareDatetime,
@@ -27,22 +27,22 @@ from app.errors import (
     UnsupportedMediaType,
     problems,
 )
-from app.etags import names, prefers
+from app.etags import names
 from app.faults import Fault
-from app.jobs.following import LONGEST_WAIT_SECONDS, EventStream, look, wait_for_change
+from app.jobs.following import LONGEST_WAIT_SECONDS, look, wait_for_change
 from app.jobs.repository import JobFilter
 from app.jobs.schemas import (
     LABEL_NAME,
-    EventPage,
     Job,
     JobCreate,
     JobPage,
-    LogPage,
     MetricSeries,
 )
 from app.jobs.service import JobService
 from app.jobs.states import Status
+from app.storage import ArtifactStore, Outage
 
+log = structlog.get_logger()
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 RETRY_SECONDS = {False: "2", True: "5"}  # by whether the job is running
@@ -73,13 +73,6 @@ Writing = Annotated[JobService, Depends(writing)]
 
 
 BIGGEST = 2**31 - 1  # of the integers that both databases keep
-
-LastEventId = Annotated[
-    int | None,
-    Header(ge=0, le=BIGGEST, description="Of a stream: the number of the last event seen."),
-]
-
-STREAM_HEADERS = {"Cache-Control": "no-cache", "Vary": "Accept", "X-Accel-Buffering": "no"}
 
 PlainText = Annotated[str, Field(max_length=1024, pattern=r"^[^\x00]*$")]
 
@@ -122,16 +115,6 @@ class JobQuery(Page):
     )
 
 
-class EventQuery(Page):
-    after: int = Field(0, ge=0, le=BIGGEST, description="Number of the last event seen.")
-    limit: int = Field(100, ge=1, le=1000)
-
-
-class LogQuery(Page):
-    after: int = Field(0, ge=0, le=BIGGEST, description="Number of the last line seen.")
-    limit: int = Field(1000, ge=1, le=10_000)
-
-
 class MetricQuery(Page):
     since_step: int = Field(0, ge=0, le=BIGGEST, description="The first step to show.")
     series: Literal["train", "held_out"] | None = None
@@ -160,13 +143,22 @@ async def create_job(
     idempotency_key: IdempotencyKey = None,
 ) -> Job:
     job, is_replay = await jobs.submit(body, idempotency_key, request_id=request.state.request_id)
-    response.headers["Location"] = f"{request.scope.get('root_path', '')}/jobs/{job.id}"
-    response.headers["Retry-After"] = RETRY_SECONDS[False]
-    if is_replay:
-        response.headers["Idempotent-Replayed"] = "true"
-    if wakes := request.state.wakes:
-        background.add_task(wakes.nudge)  # after the commit and the answer
+    response.headers.update(_of_new(job, request, is_replay=is_replay))
+    _wake(request, background)
     return job
+
+
+def _of_new(job: Job, request: Request, *, is_replay: bool) -> dict[str, str]:
+    """Headers of an answer that names a new job, or the one that was made before."""
+    location = f"{request.scope.get('root_path', '')}/jobs/{job.id}"
+    replayed = {"Idempotent-Replayed": "true"} if is_replay else {}
+    return {"Location": location, "Retry-After": RETRY_SECONDS[False], **replayed}
+
+
+def _wake(request: Request, background: BackgroundTasks) -> None:
+    """Let the workers hear of what has been queued, after the commit and the answer."""
+    if wakes := request.state.wakes:
+        background.add_task(wakes.nudge)
 
 
 def label_filters(request: Request) -> dict[str, str]:
@@ -269,56 +261,55 @@ async def resume_job(
 ) -> Job:
     """Repeatable. It waits in the queue again, and goes on from its last checkpoint."""
     job = await jobs.resume(job_id)
-    if wakes := request.state.wakes:
-        background.add_task(wakes.nudge)  # after the commit and the answer
+    _wake(request, background)
     return job
 
 
-@router.get(
-    "/{job_id}/events",
-    response_model=EventPage,
-    responses={
-        **problems(Unauthenticated, JobNotFound, InvalidRequest),
-        200: {
-            "description": "A page of events; or all of them as they come, as `text/event-stream`",
-            "content": {"text/event-stream": {"schema": {"type": "string"}}},
-        },
-        204: {"description": "The job is over, and the client has heard all of its stream."},
-    },
-    summary="What happened to a job",
+@router.post(
+    "/{job_id}/retry",
+    status_code=202,
+    responses=problems(
+        Unauthenticated, JobNotFound, IllegalTransition, InvalidRequest, IdempotencyKeyReused
+    ),
+    summary="Do a job again",
 )
-async def list_events(
+async def retry_job(
     job_id: str,
-    jobs: Reading,
+    jobs: Writing,
     request: Request,
     response: Response,
-    query: Annotated[EventQuery, Query()],
-    last_event_id: LastEventId = None,
-) -> Any:
-    """With `Accept: text/event-stream` the events come as they happen, each once and in order:
-    `id` is the number, `event` the type, `data` the event as JSON. `progress` without an id tells
-    of steps in between. The stream ends after the job's last event; a client that comes again is
-    told all that it has missed, by `Last-Event-ID` or `after`.
+    background: BackgroundTasks,
+    idempotency_key: IdempotencyKey = None,
+) -> Job:
+    """A new job with the same spec, from a job that is over. While it is not over itself, asking
+    again gives it again, with `Idempotent-Replayed`.
     """
-    response.headers["Vary"] = "Accept"
-    if not prefers(request.headers.get("accept", ""), EventSourceResponse.media_type):
-        return await jobs.events(job_id, after=query.after, limit=query.limit)
-    after = query.after if last_event_id is None else last_event_id
-    news = await jobs.news(job_id, after=after)
-    if news.is_over and not news.events:
-        return Response(status_code=204, headers=STREAM_HEADERS)  # browsers do not come again
-    stream = EventStream(request, job_id, after, news)
-    return EventSourceResponse(stream.frames(), headers=STREAM_HEADERS)
+    job, is_replay = await jobs.retry(job_id, idempotency_key, request_id=request.state.request_id)
+    response.headers.update(_of_new(job, request, is_replay=is_replay))
+    _wake(request, background)
+    return job
 
 
-@router.get(
-    "/{job_id}/logs",
-    responses=problems(Unauthenticated, JobNotFound, InvalidRequest),
-    summary="What a job's trainer has printed",
+@router.delete(
+    "/{job_id}",
+    status_code=204,
+    responses=problems(Unauthenticated, JobNotFound, IllegalTransition),
+    summary="Delete a job that is over",
 )
-async def list_logs(job_id: str, jobs: Reading, query: Annotated[LogQuery, Query()]) -> LogPage:
-    """Line by line, without secrets, some seconds old; of a long log the newest lines."""
-    return await jobs.logs(job_id, after=query.after, limit=query.limit)
+async def delete_job(
+    job_id: str, jobs: Writing, request: Request, background: BackgroundTasks
+) -> None:
+    """Its events, curves, logs and its adapter go with it, and its id is no longer known."""
+    await jobs.delete(job_id)
+    background.add_task(_forget_files, request.state.store, job_id)  # after the commit
+
+
+def _forget_files(store: ArtifactStore, job_id: str) -> None:
+    """The adapter's files themselves may belong to other jobs too: the cleaner looks for that."""
+    try:
+        store.forget_job(job_id)
+    except Outage as error:
+        log.warning("files of a deleted job stay for the cleaner", job_id=job_id, exc_info=error)
 
 
 @router.get(

@@ -14,8 +14,9 @@ from app.changes import Changes
 from app.db import transaction
 from app.errors import DatabaseUnavailable, JobNotFound
 from app.etags import names
+from app.jobs.records import JobRecords, News
 from app.jobs.schemas import Event, Job
-from app.jobs.service import JobService, News
+from app.jobs.service import JobService
 
 LONGEST_WAIT_SECONDS = 60
 RECHECK_SECONDS = 5  # a place in the queue changes without the job
@@ -128,8 +129,7 @@ class EventStream:
         """What is new; nothing while the database is away. A job that is gone is over."""
         try:
             async with transaction(self.request, writes=False) as session:
-                service = JobService(session, self.request.state.settings)
-                self.news = await service.news(self.job_id, after=self.after)
+                self.news = await JobRecords(session).news(self.job_id, after=self.after)
         except DatabaseUnavailable:
             self.news.is_stale, self.news.is_whole = True, True
         except JobNotFound:

@@ -10,6 +10,7 @@ from sqlalchemy import (
     ScalarSelect,
     Select,
     case,
+    delete,
     func,
     insert,
     select,
@@ -30,6 +31,7 @@ from app.tables import EventRow, IdempotencyRow, JobRow, LogRow, MetricRow, Work
 WAITING = [s for s in Status if may_move(s, Status.CANCELLED) and not s.is_held]
 STOPPABLE = [s for s in Status if may_move(s, Status.CANCELLING)]
 PAUSABLE = [s for s in Status if may_move(s, Status.PAUSING)]
+TERMINAL = [s for s in Status if s.is_terminal]
 POSITIONS_LIMIT = 1000
 PAUSE_MESSAGES = {
     Status.PAUSED: "The job was paused while it waited.",
@@ -60,7 +62,8 @@ class JobRepository:
     async def add(self, **values: Any) -> JobRow:
         statement = insert(JobRow).values(created_at=now(), updated_at=now(), **values)
         job = (await self._session.scalars(statement.returning(JobRow))).one()
-        await self._session.execute(event(job.id, "job.queued", "The job was accepted."))
+        again = {"retried_from": job.retried_from} if job.retried_from else {}
+        await self.tell(job.id, "job.queued", "The job was accepted.", **again)
         if self._wakes:
             await self._session.execute(wake(job.id))
         return job
@@ -80,6 +83,28 @@ class JobRepository:
         if not is_id(job_id, "job"):
             return None
         return await self._session.get(JobRow, job_id, populate_existing=True)
+
+    async def lock(self, job_id: str) -> JobRow | None:
+        """As ``get``; whoever locks the same job waits until this transaction is over."""
+        if not is_id(job_id, "job"):
+            return None
+        return await self._session.get(JobRow, job_id, populate_existing=True, with_for_update=True)
+
+    async def retry_of(self, job_id: str) -> JobRow | None:
+        """The job that does another one again and is not over yet."""
+        statement = (
+            select(JobRow)
+            .where(JobRow.retried_from == job_id, JobRow.status.not_in(TERMINAL))
+            .order_by(JobRow.created_at)
+            .limit(1)
+        )
+        return await self._session.scalar(statement)
+
+    async def delete(self, job_id: str) -> bool:
+        """With all rows that hang on it, if it is over."""
+        statement = delete(JobRow).where(JobRow.id == job_id, JobRow.status.in_(TERMINAL))
+        gone = await self._session.scalars(statement.returning(JobRow.id))
+        return gone.one_or_none() is not None
 
     async def place(self, job_id: str) -> dict[str, Any] | None:
         """Where a job is in its life, without all that is large."""

@@ -321,6 +321,7 @@ class JobSummary(BaseModel):
     total_steps: int | None
     progress: dict[str, Any] | None
     attempt: int
+    retried_from: str | None = Field(description="The job that this one does again.")
     failure: Failure | None
     spec: JobCreate = Field(description="The job as asked for, every default written out.")
     result: dict[str, Any] | None = Field(description="Held-out loss before and after, and more.")

@@ -4,11 +4,12 @@ import asyncio
 import base64
 import hashlib
 import json
+from collections.abc import Awaitable, Callable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+import structlog
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -32,8 +33,6 @@ from app.jobs.schemas import (
     JobCreate,
     JobPage,
     JobSummary,
-    LogLine,
-    LogPage,
     Metric,
     MetricSeries,
 )
@@ -49,21 +48,7 @@ from app.uris import (
     resolve_model_folder,
 )
 
-EVENTS_AT_ONCE = 200
-
-
-@dataclass
-class News:
-    """What has happened to a job since an event."""
-
-    events: list[Event]
-    progress: dict[str, Any] | None
-    """Where it is; none before its first step."""
-    is_over: bool
-    is_whole: bool
-    """These are all the events; else more follow at once."""
-    is_stale: bool = False
-    """The database was away when it was to be read again."""
+log = structlog.get_logger()
 
 
 class JobService:
@@ -82,7 +67,11 @@ class JobService:
             The job, and whether the key was seen before.
         """
         spec = body.resolved()
-        digest = _digest(spec)
+        return await self._accept(spec, key, _digest(spec), request_id)
+
+    async def _accept(
+        self, spec: JobCreate, key: str | None, digest: str, request_id: str | None, **more: Any
+    ) -> tuple[Job, bool]:
         faults = await asyncio.to_thread(self._check_paths, spec)  # before the database is locked
         if key and (earlier := await self._replay(key, digest)):
             return earlier, True
@@ -93,10 +82,20 @@ class JobService:
                 "GET /models and GET /datasets list what is here.",
                 faults=faults,
             )
+
+        async def add() -> JobRow:
+            row = await self._jobs.add(**_new_row(spec), request_id=request_id, **more)
+            await self._tell_if_too_large(row)
+            return row
+
+        return await self._once(key, digest, add)
+
+    async def _once(
+        self, key: str | None, digest: str, make: Callable[[], Awaitable[JobRow]]
+    ) -> tuple[Job, bool]:
         try:
             async with self._session.begin_nested() if key else nullcontext():
-                row = await self._jobs.add(**_new_row(spec), request_id=request_id)
-                await self._tell_if_too_large(row)
+                row = await make()
                 if key:
                     await self._jobs.remember(key, digest, row.id)
         except IntegrityError:
@@ -105,6 +104,46 @@ class JobService:
                 return earlier, True
             raise
         return await self._present(row), False
+
+    async def retry(
+        self, job_id: str, key: str | None, *, request_id: str | None = None
+    ) -> tuple[Job, bool]:
+        """Accept a job again that is over; while that runs, it is the answer to all who ask.
+
+        Returns:
+            The new job, and whether it was there before.
+        """
+        digest = hashlib.sha256(f"retry {job_id}".encode()).hexdigest()
+        row = await self._jobs.lock(job_id)
+        if key and (earlier := await self._replay(key, digest)):
+            return earlier, True
+        if row is None:
+            raise JobNotFound(job_id)
+        if not Status(row.status).is_terminal:
+            raise IllegalTransition(
+                f"The job is {row.status} and cannot be retried.",
+                "Only a job that is over can be done again.",
+            )
+        if running := await self._jobs.retry_of(job_id):
+
+            async def found() -> JobRow:
+                return running
+
+            job, _ = await self._once(key, digest, found)
+            return job, True
+        spec = JobCreate.model_validate(row.spec).resolved()
+        return await self._accept(spec, key, digest, request_id, retried_from=job_id)
+
+    async def delete(self, job_id: str) -> None:
+        """Its rows; the caller sees to its files."""
+        if is_id(job_id, "job") and await self._jobs.delete(job_id):
+            log.info("job deleted", job_id=job_id)
+            return
+        row = await self.row(job_id)
+        raise IllegalTransition(
+            f"The job is {row.status} and cannot be deleted.",
+            "Only a job that is over can be deleted: cancel it first.",
+        )
 
     async def _tell_if_too_large(self, row: JobRow) -> None:
         """In the job's events: no error, as a worker with such a slot may come tomorrow."""
@@ -179,25 +218,6 @@ class JobService:
         rows = await self._jobs.events(job_id, after=after, limit=limit)
         items = [Event.model_validate(row, from_attributes=True) for row in rows]
         return EventPage(items=items, next=items[-1].seq if items else after)
-
-    async def news(self, job_id: str, *, after: int) -> News:
-        # Its state before its events: a job that is over has its last event then.
-        place = await self._jobs.place(job_id)
-        if place is None:
-            raise JobNotFound(job_id)
-        rows = await self._jobs.events(job_id, after=after, limit=EVENTS_AT_ONCE)
-        return News(
-            events=[Event.model_validate(row, from_attributes=True) for row in rows],
-            progress=place if place["progress"] else None,
-            is_over=Status(place["status"]).is_terminal,
-            is_whole=len(rows) < EVENTS_AT_ONCE,
-        )
-
-    async def logs(self, job_id: str, *, after: int, limit: int) -> LogPage:
-        await self.row(job_id)
-        rows = await self._jobs.logs(job_id, after=after, limit=limit)
-        items = [LogLine.model_validate(row, from_attributes=True) for row in rows]
-        return LogPage(items=items, next=items[-1].seq if items else after)
 
     async def metrics(
         self, job_id: str, *, since_step: int, series: str | None, limit: int
@@ -309,6 +329,7 @@ def _summary(row: JobRow, queue_position: int | None) -> dict[str, Any]:
         "total_steps": row.total_steps,
         "progress": row.progress,
         "attempt": row.attempt,
+        "retried_from": row.retried_from,
         "failure": failure,
         "spec": JobCreate.model_validate(row.spec),
         "result": row.result,

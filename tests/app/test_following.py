@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 
 from app.etags import prefers
 from app.jobs import following
-from app.jobs.service import EVENTS_AT_ONCE
+from app.jobs.records import EVENTS_AT_ONCE
 from app.jobs.states import Status
 from app.migrate import upgrade
 from app.tables import JobRow
