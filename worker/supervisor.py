@@ -233,7 +233,8 @@ class Supervisor:
         with Handover(self._claims, self._store, lease, folder) as handover:
 
             def hear(message: Message) -> None:
-                if message["kind"] == "event" and message["type"] == "job.checkpoint":
+                is_checkpoint = message["kind"] == "event" and message["type"] == "job.checkpoint"
+                if is_checkpoint and message["data"].get("verified", True):
                     handover.take(message["data"]["step"])
 
             try:

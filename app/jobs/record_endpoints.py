@@ -12,7 +12,7 @@ from app.etags import prefers
 from app.jobs.endpoints import BIGGEST, Page, Reading
 from app.jobs.following import EventStream
 from app.jobs.records import JobRecords
-from app.jobs.schemas import EventPage, LogPage
+from app.jobs.schemas import CheckpointPage, EventPage, LogPage
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
@@ -33,6 +33,11 @@ Records = Annotated[JobRecords, Depends(reading)]
 
 class EventQuery(Page):
     after: int = Field(0, ge=0, le=BIGGEST, description="Number of the last event seen.")
+    limit: int = Field(100, ge=1, le=1000)
+
+
+class CheckpointQuery(Page):
+    after: int = Field(0, ge=0, le=BIGGEST, description="`next` of the page before.")
     limit: int = Field(100, ge=1, le=1000)
 
 
@@ -87,3 +92,17 @@ async def list_events(
 async def list_logs(job_id: str, records: Records, query: Annotated[LogQuery, Query()]) -> LogPage:
     """Line by line, without secrets, some seconds old; of a long log the newest lines."""
     return await records.logs(job_id, after=query.after, limit=query.limit)
+
+
+@router.get(
+    "/{job_id}/checkpoints",
+    responses=problems(Unauthenticated, JobNotFound, InvalidRequest),
+    summary="A job's checkpoints",
+)
+async def list_checkpoints(
+    job_id: str, records: Records, query: Annotated[CheckpointQuery, Query()]
+) -> CheckpointPage:
+    """By their steps. A job that is paused or has lost its worker goes on from the newest that is
+    kept; one that is over keeps none.
+    """
+    return await records.checkpoints(job_id, after=query.after, limit=query.limit)

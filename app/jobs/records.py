@@ -1,5 +1,6 @@
 """What is written down of a job while it runs: its events, its log, its checkpoints."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,10 +8,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.errors import JobNotFound
 from app.jobs.repository import JobRepository
-from app.jobs.schemas import Event, LogLine, LogPage
+from app.jobs.schemas import Checkpoint, CheckpointPage, Event, LogLine, LogPage
 from app.jobs.states import Status
+from app.tables import EventRow, JobRow
 
 EVENTS_AT_ONCE = 200
+WRITTEN, REFUSED = "job.checkpoint", "job.checkpoint_refused"
 
 
 @dataclass
@@ -53,3 +56,52 @@ class JobRecords:
         rows = await self._jobs.logs(job_id, after=after, limit=limit)
         items = [LogLine.model_validate(row, from_attributes=True) for row in rows]
         return LogPage(items=items, next=items[-1].seq if items else after)
+
+    async def checkpoints(self, job_id: str, *, after: int, limit: int) -> CheckpointPage:
+        """By what the trainer has said of each when it was written, or found damaged later."""
+        job = await self._jobs.get(job_id)
+        if job is None:
+            raise JobNotFound(job_id)
+        told = await self._jobs.events_of(job_id, [WRITTEN, REFUSED])
+        newest = {event.data["step"]: event for event in told if event.type == WRITTEN}
+        refused = _refused(told)
+        steps = sorted(step for step in newest if step > after)
+        shown = steps[:limit]
+        losses = {
+            (row.series, row.step): row.data.get("loss")
+            for row in await self._jobs.metrics_at(job_id, shown)
+        }
+        kept = _kept(job, told) - refused
+        items = [
+            Checkpoint(
+                step=step,
+                loss=losses.get(("train", step)),
+                held_out_loss=losses.get(("held_out", step)),
+                size=newest[step].data.get("size"),
+                verified=False if step in refused else newest[step].data.get("verified"),
+                kept=step in kept,
+                created_at=newest[step].at,
+            )
+            for step in shown
+        ]
+        return CheckpointPage(items=items, next=shown[-1] if len(steps) > limit else None)
+
+
+def _kept(job: JobRow, told: Sequence[EventRow]) -> set[int]:
+    """What its worker has, by its last word, and the store; of a job that is over nothing."""
+    if Status(job.status).is_terminal:
+        return set()
+    stored = {job.checkpoint["step"]} if job.checkpoint else set()
+    written = [event for event in told if event.type == WRITTEN]
+    return stored | set(written[-1].data.get("kept", []) if written else [])
+
+
+def _refused(told: Sequence[EventRow]) -> set[int]:
+    """Steps whose checkpoint was found damaged, and has not been written again since."""
+    refused = set()
+    for event in told:
+        if event.type == WRITTEN:
+            refused.discard(event.data["step"])
+        else:
+            refused.add(int(event.data["checkpoint"].rpartition("-")[2]))
+    return refused

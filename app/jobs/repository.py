@@ -206,6 +206,14 @@ class JobRepository:
         )
         return (await self._session.scalars(statement)).all()
 
+    async def events_of(self, job_id: str, types: Sequence[str]) -> Sequence[EventRow]:
+        statement = select(EventRow).where(EventRow.job_id == job_id, EventRow.type.in_(types))
+        return (await self._session.scalars(statement.order_by(EventRow.seq))).all()
+
+    async def metrics_at(self, job_id: str, steps: Sequence[int]) -> Sequence[MetricRow]:
+        statement = select(MetricRow).where(MetricRow.job_id == job_id, MetricRow.step.in_(steps))
+        return (await self._session.scalars(statement)).all()
+
     async def logs(self, job_id: str, *, after: int, limit: int) -> Sequence[LogRow]:
         statement = (
             select(LogRow)

@@ -369,6 +369,23 @@ class LogPage(BaseModel):
     )
 
 
+class Checkpoint(BaseModel):
+    step: int
+    loss: float | None = Field(description="Of that training step.")
+    held_out_loss: float | None = Field(description="Where the step was evaluated too.")
+    size: int | None
+    verified: bool | None = Field(
+        description="Its files were read back and are what was written; false: it is not used."
+    )
+    kept: bool = Field(description="It is still there for the job to go on from.")
+    created_at: datetime
+
+
+class CheckpointPage(BaseModel):
+    items: list[Checkpoint]
+    next: int | None = Field(description="Where more follows: pass it as `after`.")
+
+
 class Metric(BaseModel):
     step: int
     series: Literal["train", "held_out"]
