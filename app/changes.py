@@ -154,5 +154,5 @@ def told_to_stop(close: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, before in replaced.items():
-            signal.signal(number, before)
+        for replaced_number, handler in replaced.items():
+            signal.signal(replaced_number, handler)

@@ -39,6 +39,10 @@ def lines(engine: Engine, job_id: str) -> dict[int, str]:
         return {row.seq: row.text for row in session.execute(statement.order_by(LogRow.seq))}
 
 
+def waits(progress: Progress) -> bool:
+    return progress.is_waiting
+
+
 Ship = Callable[..., Progress]
 
 
@@ -62,9 +66,9 @@ class TestShipping:
         write(path, "first\n\nthi")
         progress = ship(path, finish=False)
         assert lines(engine, job_id) == {1: "first", 2: ""}
-        assert not progress.is_waiting
+        assert waits(progress) is False
         write(path, "rd\nla")
-        assert progress.is_waiting
+        assert waits(progress) is True
         progress.flush()
         assert lines(engine, job_id) == {1: "first", 2: "", 3: "third"}
         write(path, "st")
