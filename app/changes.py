@@ -16,8 +16,9 @@ from typing import Any
 
 import structlog
 from sqlalchemy import func, select
+from sqlalchemy.exc import SQLAlchemyError
 
-from app.db import OUTAGES, Database
+from app.db import Database
 from app.tables import EventRow, JobRow
 
 log = structlog.get_logger()
@@ -79,11 +80,11 @@ class Changes:
 
     async def _run(self) -> None:
         failed_at: float | None = None
-        while self._watchers:
+        while self._watchers and not self.is_closing:
             try:
                 async with asyncio.timeout(ANSWER_SECONDS):
                     looks = await self._look(list(self._watchers))
-            except (*OUTAGES, TimeoutError) as error:
+            except (SQLAlchemyError, OSError, TimeoutError) as error:
                 if failed_at is None:
                     log.warning("changes are not seen: the database is away", exc_info=error)
                     failed_at = time.monotonic()
@@ -124,11 +125,10 @@ class Changes:
                 watcher.tell()
 
     async def aclose(self) -> None:
+        """Its last look may end in peace: a connection that is torn away is left open."""
         self.close()
         if self._task:
-            self._task.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait([self._task], timeout=ANSWER_SECONDS)
 
 
 @contextmanager

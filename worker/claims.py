@@ -320,7 +320,8 @@ class Claims:
             return True
         if status is Status.PAUSING:
             freed = {"phase": None, "worker": None, "lease_until": None, "paused_at": now()}
-            self._move(session, lease, Status.PAUSED, "job.paused", why, **freed, **values)
+            told = f"The job is paused. {why}"
+            self._move(session, lease, Status.PAUSED, "job.paused", told, **freed, **values)
             return True
         return False
 

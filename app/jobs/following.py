@@ -1,5 +1,6 @@
 """Following a job: a long-poll that answers when it has changed, and a stream of its events."""
 
+import asyncio
 import hashlib
 import time
 from collections.abc import AsyncIterator
@@ -23,6 +24,7 @@ RECHECK_SECONDS = 5  # a place in the queue changes without the job
 PING_SECONDS = 15
 PROGRESS_SECONDS = 1
 OUTAGE_SECONDS = 1  # between two tries
+READ_SECONDS = 5
 STREAM_SECONDS = 3600  # then the client comes again, and shows its key
 
 
@@ -128,9 +130,12 @@ class EventStream:
     async def _read(self) -> None:
         """What is new; nothing while the database is away. A job that is gone is over."""
         try:
-            async with transaction(self.request, writes=False) as session:
+            async with (
+                asyncio.timeout(READ_SECONDS),  # and say meanwhile that the stream lives
+                transaction(self.request, writes=False) as session,
+            ):
                 self.news = await JobRecords(session).news(self.job_id, after=self.after)
-        except DatabaseUnavailable:
+        except (DatabaseUnavailable, TimeoutError):
             self.news.is_stale, self.news.is_whole = True, True
         except JobNotFound:
             self.news = News([], None, is_over=True, is_whole=True)

@@ -1,5 +1,6 @@
 """The app behind real sockets, in a thread of this process: what streams and who waits is seen."""
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -71,10 +72,11 @@ class Looking:
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
         self.state: Json = {}
+        self.loop: asyncio.AbstractEventLoop | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            self.state = scope["state"]
+            self.state, self.loop = scope["state"], asyncio.get_running_loop()
         await self._app(scope, receive, send)
 
 
@@ -97,5 +99,7 @@ def live(settings: Settings) -> Iterator[Live]:
             yield service
             service.engine.dispose()
     finally:
+        if app.loop:  # as the signal does it that a server of its own process gets
+            app.loop.call_soon_threadsafe(app.state["changes"].close)
         server.should_exit = True
         thread.join(30)

@@ -146,6 +146,8 @@ class TestLongPoll:
 
     def wait_in_crowds(self, served: Live, pool: ThreadPoolExecutor) -> None:
         ids = [served.submit()["id"] for _ in range(3)]
+        for job_id in ids:  # else their places in the queue change too
+            served.set(job_id, status=Status.RUNNING)
         asked = [
             pool.submit(served.http.get, f"/jobs/{ids[n % 3]}?wait=60", timeout=90)
             for n in range(300)
