@@ -18,6 +18,7 @@ from app.adapters import endpoints as adapters
 from app.adapters import list_endpoints as adapter_list
 from app.audit import endpoints as audit
 from app.broker_health import BrokerHealth
+from app.changes import Changes, told_to_stop
 from app.datasets import endpoints as datasets
 from app.datasets import upload_endpoints as uploads
 from app.datasets.resumable import Joins
@@ -25,6 +26,7 @@ from app.datasets.uploads import forget_broken
 from app.db import ANSWER_SECONDS, Database, make_engine
 from app.errors import RateLimited, install_error_handlers, problems
 from app.jobs import endpoints as jobs
+from app.jobs import record_endpoints as records
 from app.logs import configure_logs
 from app.middleware import BodyLimit, RequestLog, SameSite
 from app.models import endpoints as models
@@ -60,6 +62,8 @@ class State(TypedDict):
     """Sends wake-ups to the workers of a cluster."""
     deliveries: Periodic
     """Sends webhooks."""
+    changes: Changes
+    """Tells long-polls and streams."""
     broker: BrokerHealth
     metrics: metrics.Metrics
     models: Catalogue
@@ -120,6 +124,7 @@ def create_app(settings: Settings) -> FastAPI:
         database = Database(settings.database)
         numbers.read_from(database)
         relaying = relay(settings)
+        changes = Changes(database)
         key = ensure_key(settings)[0] if settings.auth == "key" else None
         authenticator = Authenticator(
             database, key, open_tokens(settings), settings.failed_keys_per_minute
@@ -132,15 +137,18 @@ def create_app(settings: Settings) -> FastAPI:
                 with (
                     relaying as wakes,
                     delivering(settings, numbers.webhook_attempted) as deliveries,
+                    told_to_stop(changes.close),
                 ):
                     yield State(
                         settings=settings, database=database, store=store,
                         authenticator=authenticator, wakes=wakes, deliveries=deliveries,
-                        broker=broker, metrics=numbers, models=Catalogue(settings.model_roots),
-                        joins=joins, known_limits=KnownLimits(database, settings), rates=rates,
+                        changes=changes, broker=broker, metrics=numbers,
+                        models=Catalogue(settings.model_roots), joins=joins,
+                        known_limits=KnownLimits(database, settings), rates=rates,
                     )  # fmt: skip
         finally:
             joins.close()
+            await changes.aclose()
             await authenticator.close()
             await database.engine.dispose()
             await asyncio.to_thread(flush)
@@ -160,8 +168,8 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(health.router)
     app.include_router(metrics.router)
     for routes in (
-        jobs, adapters, adapter_list, datasets, uploads, models, workers, webhooks, keys, audit,
-        quotas, openai_api,
+        jobs, records, adapters, adapter_list, datasets, uploads, models, workers, webhooks, keys,
+        audit, quotas, openai_api,
     ):  # fmt: skip
         app.include_router(
             routes.router,

@@ -116,6 +116,12 @@ class JobRow(Owned, Table):
             postgresql_where=text(HAS_ADAPTER),
             sqlite_where=text(HAS_ADAPTER),
         ),
+        Index(
+            "ix_jobs_retried_from",
+            "retried_from",
+            postgresql_where=text("retried_from IS NOT NULL"),
+            sqlite_where=text("retried_from IS NOT NULL"),
+        ),
     )
 
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -134,6 +140,10 @@ class JobRow(Owned, Table):
     """Not to be claimed before; none: at once."""
     queue_deadline: Mapped[datetime | None]
     """Fails if it has not started by then."""
+    paused_at: Mapped[datetime | None]
+    """When it was last paused: what was left of its time in the queue is left when it goes on."""
+    retried_from: Mapped[str | None]
+    """The job that it does again. That one may be gone."""
 
     status: Mapped[str]
     phase: Mapped[str | None]
@@ -156,6 +166,8 @@ class JobRow(Owned, Table):
     of the base model, hashes of the datasets, the clock that templates see."""
     checkpoint: Mapped[dict[str, Any] | None]
     """The newest checkpoint in the store, for a worker on another machine: fence, step, files."""
+    logged: Mapped[dict[str, Any] | None]
+    """How far its trainer's logs are in ``job_logs``: lines, and bytes of each machine's file."""
     request_id: Mapped[str | None]
     """Of the request that has submitted it."""
     traceparent: Mapped[str | None]
@@ -232,6 +244,18 @@ class MetricRow(OfJob, Table):
     """``train`` or ``held_out``."""
     step: Mapped[int] = mapped_column(primary_key=True)
     data: Mapped[dict[str, Any]]
+
+
+class LogRow(OfJob, Table):
+    """A line of the trainer's log. Of a long log the newest are kept."""
+
+    __tablename__ = "job_logs"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    seq: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[datetime]
+    """When it was read; what the line itself says of the time is the trainer's."""
+    text: Mapped[str]
 
 
 class DatasetRow(Owned, Table):

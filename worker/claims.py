@@ -8,8 +8,7 @@ import random
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import CursorResult, Engine, ScalarSelect, func, null, select, update
@@ -23,40 +22,14 @@ from app.jobs.states import Phase, Reason, Status, may_move
 from app.outbox import wake
 from app.tables import JobRow
 from worker.caps import HELD, Cap, ProjectIsFull, check_cap, is_capped
+from worker.lease import LEASE
+from worker.lease import Lease as Lease
+from worker.lease import LeaseLost as LeaseLost
 from worker.queue import Fit, best, is_ready, turn, unlocked
 
 RECOVERIES_LIMIT = 10  # times that a job may be held by a service that is killed
 CLAIM_TRIES = 20
 LONGEST_WAIT_SECONDS = 3600  # for its next attempt, of a job whose trainers die
-
-
-class LeaseLost(Exception):
-    """Another attempt holds the job, or nobody does: whoever sees this must stop at once."""
-
-
-@dataclass(frozen=True)
-class Lease:
-    job_id: str
-    fence: int
-    attempt: int
-    spec: Mapping[str, Any]
-    runtime: float
-    """Seconds that earlier attempts have worked."""
-    created_at: datetime
-    inputs: Mapping[str, Any] | None
-    """What the first attempt has read, where that is pinned."""
-    checkpoint: Mapping[str, Any] | None
-    """The newest one in the store."""
-    request_id: str | None
-    traceparent: str | None
-    asked_at: float = field(default_factory=time.monotonic)
-    """By the clock of this machine, before the claim: the lease has not begun earlier."""
-
-
-LEASE = (
-    JobRow.id, JobRow.fence, JobRow.attempt, JobRow.spec, JobRow.runtime, JobRow.created_at,
-    JobRow.inputs, JobRow.checkpoint, JobRow.request_id, JobRow.traceparent,
-)  # fmt: skip
 
 
 class Claims:
@@ -224,13 +197,11 @@ class Claims:
         self._end(lease, Status.CANCELLED, "The job was cancelled while it ran.")
 
     def release(self, lease: Lease, why: str, **values: Any) -> None:
-        """Put a drained job back; the attempt does not count."""
+        """Put a drained job back, or pause it if that is wished; the attempt does not count."""
         with self._requeueing() as session:
             status = self.extend(session, lease)
-            if status is Status.CANCELLING:
-                self._finish(session, lease, Status.CANCELLED, "The job was cancelled.")
-                return
-            self._requeue(session, lease, why, attempt=JobRow.attempt - 1, **values)
+            if not self._fulfil(session, lease, status, why, attempt=JobRow.attempt - 1, **values):
+                self._requeue(session, lease, why, attempt=JobRow.attempt - 1, **values)
 
     def lose(self, lease: Lease, reason: Reason, why: str) -> None:
         """Put a job back whose trainer has died, or fail it after the last attempt.
@@ -330,13 +301,23 @@ class Claims:
             )
             return {row.id: row.reason for row in rows}
 
+    def known(self, job_ids: Collection[str]) -> set[str]:
+        """Those of these jobs that exist."""
+        with Session(self._reading) as session:
+            return set(session.scalars(select(JobRow.id).where(JobRow.id.in_(job_ids))))
+
+    def has_jobs(self) -> bool:
+        with Session(self._reading) as session:
+            return session.scalar(select(JobRow.id).limit(1)) is not None
+
     def _lose(
         self, session: Session, lease: Lease, reason: Reason, why: str, wait: float = 0
     ) -> None:
         status = self.extend(session, lease)
-        if status is Status.CANCELLING:
-            self._finish(session, lease, Status.CANCELLED, "The job was cancelled.")
-        elif lease.attempt >= self._max_attempts:
+        attempt = min(lease.attempt, self._max_attempts - 1)  # one is left for when it goes on
+        if self._fulfil(session, lease, status, why, attempt=attempt):
+            return
+        if lease.attempt >= self._max_attempts:
             message = f"{why} That was attempt {lease.attempt} of {self._max_attempts}."
             self._finish(
                 session,
@@ -349,6 +330,20 @@ class Claims:
             )
         else:
             self._requeue(session, lease, why, wait)
+
+    def _fulfil(
+        self, session: Session, lease: Lease, status: Status, why: str, **values: Any
+    ) -> bool:
+        """Nobody runs the job any more: whoever wished so has what he wants."""
+        if status is Status.CANCELLING:
+            self._finish(session, lease, Status.CANCELLED, "The job was cancelled.")
+            return True
+        if status is Status.PAUSING:
+            freed = {"phase": None, "worker": None, "lease_until": None, "paused_at": now()}
+            told = f"The job is paused. {why}"
+            self._move(session, lease, Status.PAUSED, "job.paused", told, **freed, **values)
+            return True
+        return False
 
     def _requeue(
         self, session: Session, lease: Lease, why: str, wait: float = 0, **values: Any

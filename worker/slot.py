@@ -113,6 +113,7 @@ class Bench:
         )
         fetcher = Fetcher(settings, self._engine, store)
         self._supervisor = Supervisor(settings, self.claims, fetcher, store, draining, slot.device)
+        self.folders = self._supervisor.folders
         self._draining = draining
         self._has_recovered = False
 
@@ -124,7 +125,7 @@ class Bench:
         recovered = self.claims.recover()
         attempts_killed(recovered)
         self._has_recovered = True
-        self._supervisor.sweep()
+        self.folders.sweep()
         log.info("slot ready", recovered=recovered)
 
     def run_next(self) -> bool:

@@ -1,14 +1,17 @@
 """One attempt at a job, with a trainer that does what it is told to."""
 
 import json
+import re
 import threading
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select
+from sqlalchemy.orm import Session
 
 from app.jobs.states import Status
 from app.settings import Settings
+from app.tables import LogRow
 from tests.worker.jobs import add_job, event_types, make_spec, row
 from worker.slot import Bench, Slot
 from worker.trainer import DRAINED
@@ -74,3 +77,14 @@ class TestTrainerThatHasDrainedUnasked:
     def test_is_one_where_it_was_not(self, engine: Engine, settings: Settings, job_id: str) -> None:
         attempt(settings, threading.Event())
         assert (row(engine, job_id).status, row(engine, job_id).attempt) == (Status.QUEUED, 1)
+
+
+def test_what_the_trainer_has_printed_comes_with_its_end(
+    engine: Engine, settings: Settings, job_id: str
+) -> None:
+    attempt(settings, Told())
+    attempt(settings, Told())
+    with Session(engine) as session:
+        lines = session.scalars(select(LogRow.text).order_by(LogRow.seq)).all()
+    told = [fence for line in lines for fence in re.findall(r'"FLATLORA_FENCE": "(\d)"', line)]
+    assert told == ["1", "2"], "each attempt prints its environment, and none of it comes twice"
