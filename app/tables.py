@@ -74,7 +74,7 @@ class JobRow(Table):
         CheckConstraint(f"status IN ({STATUS_VALUES})", name="status"),
         Index("ix_jobs_status_created_at_id", "status", "created_at", "id"),
         Index("ix_jobs_created_at_id", "created_at", "id"),
-        Index("ix_jobs_queue", "status", "project", "priority", "created_at", "id"),
+        Index("ix_jobs_queue", "status", "project", "priority", "created_at", "id", "gpus"),
         Index("ix_jobs_project_started_at", "project", "started_at"),
         Index(
             "ix_jobs_several_gpus",
