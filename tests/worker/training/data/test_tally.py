@@ -22,7 +22,7 @@ from worker.training.run import run
 
 Make = Callable[..., TrainingJob]
 
-SOON = 1.5  # seconds
+SOON = 10  # seconds on a machine that is busy; not to listen takes half a minute
 
 
 class StopAt(Recorder):
