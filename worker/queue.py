@@ -1,8 +1,8 @@
 """Whose turn it is: projects take turns, and within one the lower priority and the older job first.
 
-A slot looks only at jobs that need no more GPUs than it has. The statement finds one job among
-many thousands by a few index look-ups per waiting project. Where no project has a limit, none is
-looked for.
+A slot looks only at jobs that need no more GPUs than it has; it passes over larger ones within the
+index, which has their sizes. The statement finds one job among many thousands by a few index
+look-ups per waiting project. Where no project has a limit, none is looked for.
 """
 
 from collections.abc import Iterator

@@ -26,7 +26,7 @@ class JobRow(Owned, Table):
         Index("ix_jobs_status_created_at_id", "status", "created_at", "id"),
         Index("ix_jobs_project_created_at_id", "project", "created_at", "id"),
         Index("ix_jobs_project_status_created_at_id", "project", "status", "created_at", "id"),
-        Index("ix_jobs_queue", "status", "project", "priority", "created_at", "id"),
+        Index("ix_jobs_queue", "status", "project", "priority", "created_at", "id", "gpus"),
         Index("ix_jobs_project_started_at", "project", "started_at"),
         Index("ix_jobs_project_finished_at_started_at", "project", "finished_at", "started_at"),
         Index(

@@ -239,6 +239,26 @@ class TestCost:
             claimed(claims)
         assert time.monotonic() - started < 20 * 0.1
 
+    def test_larger_jobs_are_passed_over_within_the_index(self, migrated_postgres_url: str) -> None:
+        """Of ten thousand larger ones before it no row is read."""
+        engine = make_engine(migrated_postgres_url)
+        claims = Claims(engine, worker="w1", lease_seconds=60, max_attempts=3, gpus=1)
+        for number in range(4):
+            add_jobs(engine, 2500, project=f"project-{number}", gpus=4)
+            add_job(engine, project=f"project-{number}", priority=9)
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text("VACUUM ANALYZE jobs"))
+        with told(engine) as statements:
+            claimed(claims)
+        statement, values = next(said for said in statements if "UPDATE jobs" in said[0])
+        explain = "EXPLAIN (ANALYZE, BUFFERS, COSTS OFF, TIMING OFF)"
+        with engine.connect() as connection:
+            plan = connection.exec_driver_sql(f"{explain} {statement}", values).all()
+        steps = [str(step[-1]) for step in plan]
+        removed = [int(step.rpartition(":")[2]) for step in steps if "Removed by Filter" in step]
+        assert sum(removed) < 100, "\n".join(steps)
+        engine.dispose()
+
 
 @contextmanager
 def told(engine: Engine) -> Iterator[list[tuple[str, Any]]]:

@@ -11,6 +11,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 MEMORY_BYTES = 180 << 20  # of the process, its libraries included
@@ -41,6 +43,20 @@ def limit_memory() -> None:
     resident, own = pages[1] * resource.getpagesize(), pages[5] * resource.getpagesize()
     limit = own + max(0, MEMORY_BYTES - resident)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, resource.RLIM_INFINITY))
+
+
+@contextmanager
+def more_memory(size: int) -> Iterator[None]:
+    """Room for so many bytes more, while the block lasts."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if not size or soft == resource.RLIM_INFINITY:
+        yield
+        return
+    resource.setrlimit(resource.RLIMIT_DATA, (soft + size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def leave_no_core() -> None:

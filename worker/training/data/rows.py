@@ -40,6 +40,10 @@ class BadRow:
         return f"{self.place}: {self.problem}"
 
 
+class Overflow(Exception):
+    """The rows take more than a file of that size should hold."""
+
+
 def read_rows(
     file: DataFile,
     source: Source,

@@ -32,7 +32,14 @@ from worker.training.data.limits import (
     proceed,
 )
 from worker.training.data.messages import RowProblem
-from worker.training.data.rows import BAD_ROWS_BEYOND, BAD_ROWS_KEPT, BadRow, Row, read_rows
+from worker.training.data.rows import (
+    BAD_ROWS_BEYOND,
+    BAD_ROWS_KEPT,
+    BadRow,
+    Overflow,
+    Row,
+    read_rows,
+)
 from worker.training.data.sources import (
     GROWTH,
     Source,
@@ -110,10 +117,6 @@ class Spool:
         self.lines += 1
         if self._most is not None and self._written > self._most:
             raise Overflow
-
-
-class Overflow(Exception):
-    """The rows take more than a file of that size should hold."""
 
 
 def as_json(conversation: Conversation) -> dict[str, Any]:

@@ -100,6 +100,33 @@ def page_of_two_gigabytes() -> bytes:
     return content[:6] + claim + claim + content[second:]
 
 
+def page_of_one_letter(columns: int, size: int) -> bytes:
+    """A page of so many megabytes in each of some columns."""
+    words = ["x" * 10_000] * (100 * size)
+    options = {"use_dictionary": False, "data_page_size": 1 << 30, "compression": "zstd"}
+    return parquet(dict.fromkeys(["prompt", "completion"][:columns], words), **options)
+
+
+def large_by_its_own_account() -> bytes:
+    """The footer says of each chunk, as a number of four bytes, that it has 100 MiB."""
+    word = "x" * 9_999_990
+    content = parquet({"prompt": [word], "completion": [word]}, compression="none")
+    size = pq.ParquetFile(io.BytesIO(content)).metadata.row_group(0).column(0)
+    claimed = _varint(2 * size.total_uncompressed_size)
+    small = content.replace(word.encode(), b"")
+    assert small.count(claimed) > 1
+    return small.replace(claimed, _varint(2 * 100 * MIB))
+
+
+def _varint(number: int) -> bytes:
+    """As Thrift writes it."""
+    found = b""
+    while number > 0x7F:
+        found += bytes([number & 0x7F | 0x80])
+        number >>= 7
+    return found + bytes([number])
+
+
 def damaged_footer() -> bytes:
     content = parquet({"prompt": ["a"] * 50, "completion": ["b"] * 50})
     return content[:-200] + b"\xff" * 192 + content[-8:]
@@ -193,6 +220,21 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes | Gigabyte], str]] = {
         "decodes to more than 64 MiB of rows: more than 100 times its size",
     ),
     "a list of nothing": ("a.parquet", list_of_nothing, "needs more than 180 MiB of memory"),
+    "a page that shrinks to nothing": (
+        "a.parquet",
+        lambda: page_of_one_letter(1, 110),
+        "needs more than 180 MiB of memory",
+    ),
+    "large columns of nothing": (
+        "a.parquet",
+        lambda: page_of_one_letter(2, 45),
+        "decodes to more than 64 MiB of rows: more than 100 times its size",
+    ),
+    "columns that claim to be large": (
+        "a.parquet",
+        large_by_its_own_account,
+        "cannot be read",
+    ),
     "a page of two gigabytes": (
         "a.parquet",
         page_of_two_gigabytes,

@@ -65,7 +65,7 @@ def one_by_one(renderer: Renderer, monkeypatch: pytest.MonkeyPatch) -> Renderer:
 
 @pytest.mark.parametrize("name", FAMILIES)
 class TestFamilies:
-    @settings(max_examples=25)
+    @settings(max_examples=25, deadline=None)
     @given(st.lists(turns, min_size=4, max_size=6), st.booleans())
     def test_the_answers_are_those_of_rendering_turn_by_turn(
         self, name: str, drawn: list[list[Message]], has_tools: bool
