@@ -1,11 +1,15 @@
 from typing import Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.jobs.schemas import MAX_RANK, MAX_SIGMA
 
+ALWAYS_THERE = ConfigDict(json_schema_serialization_defaults_required=True)
+
 
 class ModelLimits(BaseModel):
+    model_config = ALWAYS_THERE
+
     max_length: int | None = Field(
         description="Tokens of a row; of a longer one the rest is cut. null: its own "
         "configuration does not say, or is not known here."
@@ -29,6 +33,8 @@ class BaseModelInfo(BaseModel):
 
 class Limits(BaseModel):
     """Of every job here, whichever its base model."""
+
+    model_config = ALWAYS_THERE
 
     max_rank: int = MAX_RANK
     max_sigma: float = MAX_SIGMA
