@@ -45,6 +45,7 @@ class ModelList(BaseModel):
     items: list[BaseModelInfo] = Field(description="Folders below the configured roots.")
     hub: list[str] = Field(description="Hub ids that may be named; * stands for anything.")
     hub_limits: ModelLimits = Field(
-        default=ModelLimits(max_length=None), description="Of each model that `hub` lets in."
+        default_factory=lambda: ModelLimits(max_length=None),
+        description="Of each model that `hub` lets in.",
     )
     limits: Limits
