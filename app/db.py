@@ -149,13 +149,18 @@ class Database:
         self._engines = {False: self.engine, True: self.engine.execution_options(writes=True)}
 
     @asynccontextmanager
-    async def scoped(self, project: str, *, writes: bool = False) -> AsyncIterator[AsyncSession]:
-        """One transaction that sees and writes the rows of one project (app/scope.py)."""
+    async def scoped(
+        self, project: str, *, writes: bool = False, **known: Any
+    ) -> AsyncIterator[AsyncSession]:
+        """One transaction that sees and writes the rows of one project (app/scope.py).
+
+        ``known``: what its ``info`` tells besides.
+        """
         session = AsyncSession(
             self._engines[writes],
             sync_session_class=ScopedSession,
             expire_on_commit=False,
-            info={PROJECT: project},
+            info={PROJECT: project, **known},
         )
         async with _transaction(session):
             yield session
@@ -173,7 +178,10 @@ def transaction(
 ) -> AbstractAsyncContextManager[AsyncSession]:
     """A transaction of the request's project: for routes that need several, one after another."""
     database: Database = request.state.database
-    return database.scoped(request.state.principal.project, writes=writes)
+    state = request.state
+    return database.scoped(
+        state.principal.project, writes=writes, limits=getattr(state, "limits", None)
+    )
 
 
 async def _read_session(request: Request) -> AsyncIterator[AsyncSession]:

@@ -28,8 +28,12 @@
     ├── InvalidRequest               422  invalid_request, or the code of its only fault
     │   ├── HashMismatch                  hash_mismatch
     │   └── IdempotencyKeyReused          idempotency_key_reused
+    ├── TooManyRequests              429
+    │   ├── RateLimited                   rate_limited
+    │   └── QuotaExceeded                 quota_exceeded
     └── NotReady                     503  not_ready
         ├── DatabaseUnavailable           database_unavailable
+        ├── IssuerUnavailable             issuer_unavailable
         └── StoreUnavailable              store_unavailable
 
 What a request's shape has wrong is told by app/faults.py.
@@ -38,6 +42,7 @@ What a request's shape has wrong is told by app/faults.py.
 import json
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
+from math import ceil
 from typing import Any, ClassVar
 
 import structlog
@@ -69,6 +74,7 @@ TITLES = {
     416: "Range not satisfiable",
     421: "Misdirected request",
     422: "Invalid request",
+    429: "Too many requests",
     500: "Internal error",
     503: "Not ready",
 }
@@ -300,6 +306,23 @@ class IdempotencyKeyReused(ServiceError):
     code = "idempotency_key_reused"
 
 
+class TooManyRequests(ServiceError):
+    status = 429
+    code = "too_many_requests"
+
+    def __init__(self, detail: str, hint: str, *, retry_after: float) -> None:
+        seconds = max(1, ceil(retry_after))
+        super().__init__(detail, hint, headers={"Retry-After": str(seconds)})
+
+
+class RateLimited(TooManyRequests):
+    code = "rate_limited"
+
+
+class QuotaExceeded(TooManyRequests):
+    code = "quota_exceeded"
+
+
 class NotReady(ServiceError):
     status = 503
     code = "not_ready"
@@ -315,6 +338,17 @@ class DatabaseUnavailable(NotReady):
         super().__init__(
             "The database does not answer.",
             "Send the request again; with the same Idempotency-Key it makes no second job.",
+        )
+
+
+class IssuerUnavailable(NotReady):
+    code = "issuer_unavailable"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The identity provider does not answer, and this token's key is not known yet.",
+            "Send the request again. If that does not help, the service's log says what is wrong "
+            "with FLATLORA_OIDC_ISSUER.",
         )
 
 

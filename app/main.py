@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 from fastapi import Depends, FastAPI
 
@@ -11,18 +11,22 @@ from app import __version__, health, metrics
 from app.access import endpoints as keys
 from app.access.authenticator import Authenticator
 from app.access.dependencies import require_access
+from app.access.rates import Rates
 from app.access.shared_key import ensure_key
+from app.access.streams import UploadsEndWithTheirKey
 from app.adapters import endpoints as adapters
 from app.adapters import list_endpoints as adapter_list
 from app.audit import endpoints as audit
 from app.broker_health import BrokerHealth
+from app.changes import Changes, told_to_stop
 from app.datasets import endpoints as datasets
 from app.datasets import upload_endpoints as uploads
 from app.datasets.resumable import Joins
 from app.datasets.uploads import forget_broken
 from app.db import ANSWER_SECONDS, Database, make_engine
-from app.errors import install_error_handlers
+from app.errors import RateLimited, install_error_handlers, problems
 from app.jobs import endpoints as jobs
+from app.jobs import record_endpoints as records
 from app.logs import configure_logs
 from app.middleware import BodyLimit, RequestLog, SameSite
 from app.models import endpoints as models
@@ -30,12 +34,17 @@ from app.models.catalogue import Catalogue
 from app.openai_api import endpoints as openai_api
 from app.openapi import describe
 from app.periodic import Periodic
+from app.quotas import endpoints as quotas
+from app.quotas.limits import KnownLimits
 from app.settings import Settings, get_settings
 from app.storage import ArtifactStore, open_store
 from app.tracing import configure_tracing, flush, telemetry
 from app.webhooks import endpoints as webhooks
 from app.webhooks.courier import delivering
 from app.workers import endpoints as workers
+
+if TYPE_CHECKING:
+    from app.access.oidc import Tokens
 
 DESCRIPTION = """
 Fine-tunes language models to follow instructions, with
@@ -53,10 +62,14 @@ class State(TypedDict):
     """Sends wake-ups to the workers of a cluster."""
     deliveries: Periodic
     """Sends webhooks."""
+    changes: Changes
+    """Tells long-polls and streams."""
     broker: BrokerHealth
     metrics: metrics.Metrics
     models: Catalogue
     joins: Joins
+    known_limits: KnownLimits
+    rates: Rates
 
 
 @contextmanager
@@ -77,6 +90,31 @@ def relay(settings: Settings) -> Iterator[Periodic | None]:
         engine.dispose()
 
 
+@asynccontextmanager
+async def counting(settings: Settings) -> AsyncIterator[Rates]:
+    """Requests are counted together by all API processes of a cluster."""
+    if not settings.is_cluster:
+        yield Rates(settings)
+        return
+    from app.access.exchange import Exchange  # a laptop's service has no Redis
+
+    exchange = Exchange(settings.broker_url)
+    telling = asyncio.create_task(exchange.run())
+    try:
+        yield Rates(settings, exchange)
+    finally:
+        telling.cancel()
+        await asyncio.gather(telling, return_exceptions=True)
+
+
+def open_tokens(settings: Settings) -> "Tokens | None":
+    if not settings.oidc_issuer:
+        return None
+    from app.access.oidc import Tokens  # most services have no identity provider
+
+    return Tokens(settings)
+
+
 def create_app(settings: Settings) -> FastAPI:
     broker = BrokerHealth(settings.broker_url)
     numbers = metrics.Metrics(settings, broker)
@@ -86,24 +124,31 @@ def create_app(settings: Settings) -> FastAPI:
         database = Database(settings.database)
         numbers.read_from(database)
         relaying = relay(settings)
+        changes = Changes(database)
         key = ensure_key(settings)[0] if settings.auth == "key" else None
-        authenticator = Authenticator(database, key)
+        authenticator = Authenticator(
+            database, key, open_tokens(settings), settings.failed_keys_per_minute
+        )
         store = open_store(settings)
         forget_broken(settings.uploads_dir)
         joins = Joins()
         try:
-            with (
-                relaying as wakes,
-                delivering(settings, numbers.webhook_attempted) as deliveries,
-            ):
-                yield State(
-                    settings=settings, database=database, store=store,
-                    authenticator=authenticator, wakes=wakes, deliveries=deliveries,
-                    broker=broker, metrics=numbers, models=Catalogue(settings.model_roots),
-                    joins=joins,
-                )  # fmt: skip
+            async with counting(settings) as rates:
+                with (
+                    relaying as wakes,
+                    delivering(settings, numbers.webhook_attempted) as deliveries,
+                    told_to_stop(changes.close),
+                ):
+                    yield State(
+                        settings=settings, database=database, store=store,
+                        authenticator=authenticator, wakes=wakes, deliveries=deliveries,
+                        changes=changes, broker=broker, metrics=numbers,
+                        models=Catalogue(settings.model_roots), joins=joins,
+                        known_limits=KnownLimits(database, settings), rates=rates,
+                    )  # fmt: skip
         finally:
             joins.close()
+            await changes.aclose()
             await authenticator.close()
             await database.engine.dispose()
             await asyncio.to_thread(flush)
@@ -123,10 +168,15 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(health.router)
     app.include_router(metrics.router)
     for routes in (
-        jobs, adapters, adapter_list, datasets, uploads, models, workers, webhooks, keys, audit,
-        openai_api,
+        jobs, records, adapters, adapter_list, datasets, uploads, models, workers, webhooks, keys,
+        audit, quotas, openai_api,
     ):  # fmt: skip
-        app.include_router(routes.router, dependencies=[Depends(require_access)])
+        app.include_router(
+            routes.router,
+            dependencies=[Depends(require_access)],
+            responses={429: problems(RateLimited)[429]},
+        )
+    app.add_middleware(UploadsEndWithTheirKey)
     app.add_middleware(
         BodyLimit,
         bytes=settings.max_body_bytes,

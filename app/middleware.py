@@ -53,7 +53,9 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = request_id
+                headers.update(scope["state"].get("headers", {}))
                 self._count(scope, status, time.perf_counter() - started)
             await send(message)
 

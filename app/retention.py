@@ -29,9 +29,10 @@ from app.db import now
 from app.garbage import TERMINAL, Candidates, references
 from app.ids import is_id
 from app.objects import Entry
+from app.quotas.usage import USED, is_past, keep_usage
 from app.settings import Settings
 from app.storage import ArtifactStore, Freed, freed, hash_of, make_private
-from app.tables import DatasetRow, IdempotencyRow, JobRow, UploadRow
+from app.tables import DatasetRow, IdempotencyRow, JobRow, UploadRow, UsageRow
 
 log = structlog.get_logger()
 
@@ -90,6 +91,7 @@ class Retention:
             self._forget_jobs(cleaned)
             self._forget_keys(cleaned)
             self._forget_uploads(cleaned)
+            self._forget_usage(cleaned)
             if is_in_use:
                 self._clear_parts(cleaned, before)
                 self._clear_jobs(cleaned, before)
@@ -114,10 +116,14 @@ class Retention:
                 cleaned.jobs = session.scalar(count) or 0
             return
         oldest = select(JobRow.id).where(self._expired).order_by(JobRow.id).limit(BATCH)
-        statement = delete(JobRow).where(JobRow.id.in_(oldest), self._expired).returning(JobRow.id)
+        statement = delete(JobRow).where(JobRow.id.in_(oldest), self._expired).returning(*USED)
         while True:
             with Session(self._writing) as session, session.begin():
-                gone = session.scalars(statement).all()
+                jobs = session.execute(statement).all()
+                gone = [job.id for job in jobs]
+                for job in jobs:
+                    if job.runtime:
+                        session.execute(keep_usage(job))
             if not gone:
                 return
             cleaned.jobs += len(gone)
@@ -164,6 +170,11 @@ class Retention:
                 known = set(session.scalars(rows))
             gone = [entry for entry in old if upload_of(entry) not in known]
             cleaned.parts += freed(gone) if cleaned.dry_run else self._store.delete(gone)
+
+    def _forget_usage(self, cleaned: Cleaned) -> None:
+        if not cleaned.dry_run:
+            with Session(self._writing) as session, session.begin():
+                session.execute(delete(UsageRow).where(is_past()))
 
     def _is_in_use(self) -> bool:
         """An empty database beside a full store is a wrong setting; nothing there is garbage."""

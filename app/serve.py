@@ -17,6 +17,7 @@ def main() -> None:
         factory=True,
         host=settings.host,
         port=settings.port,
+        forwarded_allow_ips=settings.trusted_proxies,
         access_log=False,  # the app writes its own line per request, with the request id
         log_config=None,
         server_header=False,

@@ -10,6 +10,7 @@ from pydantic import (
     Field,
     IPvAnyNetwork,
     NonNegativeFloat,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     SecretStr,
@@ -28,6 +29,8 @@ POSTGRES = re.compile(r"^postgres(ql)?(\+psycopg)?://")  # as hosts of databases
 REMOTE_STORES = {"s3", "gs", "az"}
 STORE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 BUCKET = re.compile(r"(?:s3|gs|az)://[A-Za-z0-9*][A-Za-z0-9._*-]*(?:/[^/]+)*/?")
+PROJECT_NAME = r"^[a-z0-9][a-z0-9_.-]{0,62}$"
+GRANT = re.compile(rf"(.+)=({PROJECT_NAME.strip('^$')}):(viewer|submitter|admin)")
 
 
 def split_list(value: object) -> object:
@@ -49,6 +52,14 @@ def check_store_url(url: str) -> None:
             "file:///folder; credentials and endpoint come from the provider's own variables, "
             "such as AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL"
         )
+
+
+def check_issuer_url(url: str) -> None:
+    """Keys that anybody on the way could change would open the service to anybody."""
+    parts = urlsplit(url)
+    is_here = parts.hostname in {"localhost", "127.0.0.1", "::1"}
+    if not parts.hostname or parts.scheme not in ({"http", "https"} if is_here else {"https"}):
+        raise ValueError(f"expected https://…, or http:// on this machine; found {url!r}")
 
 
 def _scheme(url: str) -> str:
@@ -77,6 +88,18 @@ class Settings(BaseSettings):
     auth: Literal["key", "none"] = "key"
     api_key: SecretStr | None = None
     """The key that clients send. Empty: one is made and kept in the data folder."""
+    oidc_issuer: str = ""
+    """An identity provider, whose tokens open the service too: ``https://login.example/realm``."""
+    oidc_audience: str = Field("", validate_default=True)
+    """What its tokens must be for."""
+    oidc_project_claim: str = "flatlora_project"
+    oidc_role_claim: str = "flatlora_role"
+    """Claims of a token; ``realm_access.roles`` is one within another."""
+    oidc_groups_claim: str = "groups"
+    oidc_groups: Annotated[list[str], NoDecode] = Field(default_factory=list)
+    """``group=project:role``, comma-separated; the group ``*`` is everybody."""
+    trusted_proxies: Annotated[list[str], NoDecode] = Field(default_factory=lambda: ["127.0.0.1"])
+    """Whose ``X-Forwarded-For`` is believed: addresses, networks, or ``*``."""
     allowed_hosts: Annotated[list[str], NoDecode] = Field(default_factory=list)
     """Names that a request's ``Host`` may have. Empty: those of the loopback where the service
     listens there, any name elsewhere."""
@@ -113,6 +136,20 @@ class Settings(BaseSettings):
     """How long the worker may take to fetch one dataset from elsewhere."""
     max_part_bytes: PositiveInt = 64 << 20
     """Of a dataset that comes in several requests, what one of them may bring."""
+
+    requests_per_minute: NonNegativeInt = 12_000
+    """Of one project; 0: any number. The operator's key is not limited."""
+    key_requests_per_minute: NonNegativeInt = 6_000
+    """Of one key, or of one user of the identity provider; 0: any number."""
+    failed_keys_per_minute: NonNegativeInt = 60
+    """Wrong keys from one address; 0: any number."""
+    max_queued_jobs: NonNegativeInt | None = None
+    """Of one project, as those that follow. Empty: any number."""
+    max_running_jobs: NonNegativeInt | None = None
+    gpu_minutes: NonNegativeFloat | None = None
+    """In 30 days."""
+    max_stored_bytes: NonNegativeInt | None = None
+    """Of datasets."""
 
     lease_seconds: PositiveFloat = 60
     heartbeat_seconds: PositiveFloat = 10
@@ -182,7 +219,8 @@ class Settings(BaseSettings):
 
     split_lists = field_validator(
         "dataset_roots", "model_roots", "hub_models", "hub_datasets", "dataset_buckets",
-        "allowed_networks", "allowed_ports", "allowed_hosts", "devices", mode="before",
+        "allowed_networks", "allowed_ports", "allowed_hosts", "devices", "oidc_groups",
+        "trusted_proxies", mode="before",
     )(split_list)  # fmt: skip
 
     @field_validator("dataset_buckets", mode="after")
@@ -194,6 +232,34 @@ class Settings(BaseSettings):
                     f"expected s3://bucket or s3://bucket/prefix, gs://… or az://…; found {bucket}"
                 )
         return buckets
+
+    @field_validator("oidc_issuer", mode="after")
+    @classmethod
+    def _be_an_issuer(cls, issuer: str) -> str:
+        if issuer:
+            check_issuer_url(issuer)
+        return issuer
+
+    @field_validator("oidc_audience", mode="after")
+    @classmethod
+    def _need_an_audience(cls, audience: str, info: ValidationInfo) -> str:
+        if info.data.get("oidc_issuer") and not audience:
+            raise ValueError(
+                "tokens that the issuer made for another service must not open this one: "
+                "set it to what its tokens carry as aud"
+            )
+        return audience
+
+    @field_validator("oidc_groups", mode="after")
+    @classmethod
+    def _be_grants(cls, grants: list[str]) -> list[str]:
+        for grant in grants:
+            if not GRANT.fullmatch(grant):
+                raise ValueError(
+                    f"expected group=project:role, the role one of viewer, submitter, admin; "
+                    f"found {grant!r}"
+                )
+        return grants
 
     @field_validator("devices", mode="after")
     @classmethod

@@ -97,6 +97,7 @@ class JobRow(Owned, Table):
         Index("ix_jobs_project_status_created_at_id", "project", "status", "created_at", "id"),
         Index("ix_jobs_queue", "status", "project", "priority", "created_at", "id"),
         Index("ix_jobs_project_started_at", "project", "started_at"),
+        Index("ix_jobs_project_finished_at_started_at", "project", "finished_at", "started_at"),
         Index(
             "ix_jobs_several_gpus",
             *("status", "project", "priority", "created_at", "id"),
@@ -114,6 +115,12 @@ class JobRow(Owned, Table):
             *("project", "finished_at", "id"),
             postgresql_where=text(HAS_ADAPTER),
             sqlite_where=text(HAS_ADAPTER),
+        ),
+        Index(
+            "ix_jobs_retried_from",
+            "retried_from",
+            postgresql_where=text("retried_from IS NOT NULL"),
+            sqlite_where=text("retried_from IS NOT NULL"),
         ),
     )
 
@@ -133,6 +140,10 @@ class JobRow(Owned, Table):
     """Not to be claimed before; none: at once."""
     queue_deadline: Mapped[datetime | None]
     """Fails if it has not started by then."""
+    paused_at: Mapped[datetime | None]
+    """When it was last paused: what was left of its time in the queue is left when it goes on."""
+    retried_from: Mapped[str | None]
+    """The job that it does again. That one may be gone."""
 
     status: Mapped[str]
     phase: Mapped[str | None]
@@ -155,6 +166,8 @@ class JobRow(Owned, Table):
     of the base model, hashes of the datasets, the clock that templates see."""
     checkpoint: Mapped[dict[str, Any] | None]
     """The newest checkpoint in the store, for a worker on another machine: fence, step, files."""
+    logged: Mapped[dict[str, Any] | None]
+    """How far its trainer's logs are in ``job_logs``: lines, and bytes of each machine's file."""
     request_id: Mapped[str | None]
     """Of the request that has submitted it."""
     traceparent: Mapped[str | None]
@@ -231,6 +244,18 @@ class MetricRow(OfJob, Table):
     """``train`` or ``held_out``."""
     step: Mapped[int] = mapped_column(primary_key=True)
     data: Mapped[dict[str, Any]]
+
+
+class LogRow(OfJob, Table):
+    """A line of the trainer's log. Of a long log the newest are kept."""
+
+    __tablename__ = "job_logs"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    seq: Mapped[int] = mapped_column(primary_key=True)
+    at: Mapped[datetime]
+    """When it was read; what the line itself says of the time is the trainer's."""
+    text: Mapped[str]
 
 
 class DatasetRow(Owned, Table):
@@ -389,3 +414,31 @@ class WebhookSecretRow(Owned, Table):
     previous: Mapped[str | None]
     previous_until: Mapped[datetime | None]
     """Until then the one before signs too."""
+
+
+NO_LIMIT = -1
+
+
+class ProjectRow(Owned, Table):
+    """What one project may use. None: as the settings say; ``NO_LIMIT``: whatever they say."""
+
+    __tablename__ = "projects"
+
+    project: Mapped[str] = mapped_column(primary_key=True)
+    max_queued: Mapped[int | None]
+    max_running: Mapped[int | None]
+    gpu_minutes: Mapped[float | None] = mapped_column(Double)
+    """In 30 days."""
+    max_stored_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    requests_per_minute: Mapped[int | None]
+
+
+class UsageRow(Owned, Table):
+    """What a job has used that is deleted since: its project is still charged for it."""
+
+    __tablename__ = "usage"
+    __table_args__ = (Index("ix_usage_project_ended_at", "project", "ended_at"),)
+
+    job_id: Mapped[str] = mapped_column(primary_key=True)
+    ended_at: Mapped[datetime]
+    gpu_seconds: Mapped[float] = mapped_column(Double)

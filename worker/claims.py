@@ -8,8 +8,7 @@ import random
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from datetime import datetime
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy import CursorResult, Engine, ScalarSelect, func, null, select, update
@@ -22,40 +21,15 @@ from app.jobs.events import event
 from app.jobs.states import Phase, Reason, Status, may_move
 from app.outbox import wake
 from app.tables import JobRow
-from worker.queue import HELD, Fit, best, is_ready, unlocked
+from worker.caps import HELD, Cap, ProjectIsFull, check_cap, is_capped
+from worker.lease import LEASE
+from worker.lease import Lease as Lease
+from worker.lease import LeaseLost as LeaseLost
+from worker.queue import Fit, best, is_ready, turn, unlocked
 
 RECOVERIES_LIMIT = 10  # times that a job may be held by a service that is killed
 CLAIM_TRIES = 20
 LONGEST_WAIT_SECONDS = 3600  # for its next attempt, of a job whose trainers die
-
-
-class LeaseLost(Exception):
-    """Another attempt holds the job, or nobody does: whoever sees this must stop at once."""
-
-
-@dataclass(frozen=True)
-class Lease:
-    job_id: str
-    fence: int
-    attempt: int
-    spec: Mapping[str, Any]
-    runtime: float
-    """Seconds that earlier attempts have worked."""
-    created_at: datetime
-    inputs: Mapping[str, Any] | None
-    """What the first attempt has read, where that is pinned."""
-    checkpoint: Mapping[str, Any] | None
-    """The newest one in the store."""
-    request_id: str | None
-    traceparent: str | None
-    asked_at: float = field(default_factory=time.monotonic)
-    """By the clock of this machine, before the claim: the lease has not begun earlier."""
-
-
-LEASE = (
-    JobRow.id, JobRow.fence, JobRow.attempt, JobRow.spec, JobRow.runtime, JobRow.created_at,
-    JobRow.inputs, JobRow.checkpoint, JobRow.request_id, JobRow.traceparent,
-)  # fmt: skip
 
 
 class Claims:
@@ -71,10 +45,13 @@ class Claims:
         retry_seconds: float = 0,
         wakes: bool = False,
         gpus: int | None = None,
+        max_running: int | None = None,
     ) -> None:
         """``wakes``: what is put back into the queue leaves a wake-up in the outbox.
 
         ``gpus``: of the slot; jobs that need more are left to others. None: there are no others.
+
+        ``max_running``: jobs of a project that has no limit of its own. None: any number.
         """
         self._reading = engine
         self._writing = engine.execution_options(writes=True)
@@ -86,9 +63,11 @@ class Claims:
         self._any, self._several = Fit(gpus), Fit(gpus, several=True)
         self._prefers_several = gpus is not None and gpus > 1
         self._took_several = False
+        self._cap = Cap(max_running)
         self._takes = {
-            fit: (self._taking(best(fit)), self._taking(unlocked(fit)))
+            (fit, cap): (self._taking(best(fit, cap)), self._taking(unlocked(fit, cap)))
             for fit in (self._any, self._several)
+            for cap in (None, self._cap)
         }
         self.dialect = engine.dialect.name
 
@@ -105,16 +84,25 @@ class Claims:
         return lease or self._claim(self._any)
 
     def _claim(self, fit: Fit) -> Lease | None:
-        take_best, take_unlocked = self._takes[fit]
+        cap = None
         for _ in range(CLAIM_TRIES):
             with Session(self._reading) as session:
-                if session.scalar(select(JobRow.id).where(*is_ready(fit=fit)).limit(1)) is None:
-                    return None
-            if lease := self._take(take_best):
+                ready = select(JobRow.id, is_capped()).where(*is_ready(fit=fit)).limit(1)
+                found = session.execute(ready).one_or_none()
+            if found is None:
+                return None
+            cap = self._cap if found[1] or self._cap.default is not None else None
+            if lease := self._take(self._takes[fit, cap][0], cap):
                 return lease
+            if cap and self._is_nobodys_turn(fit, cap):
+                return None
             time.sleep(random.uniform(0, 0.02))  # noqa: S311 - others are taking the last ones
         # The best one stays locked, perhaps by a machine that is gone: it must not hold up others.
-        return self._take(take_unlocked)
+        return self._take(self._takes[fit, cap][1], cap)
+
+    def _is_nobodys_turn(self, fit: Fit, cap: Cap) -> bool:
+        with Session(self._reading) as session:
+            return session.scalar(turn(fit, cap)) is None
 
     def _taking(self, choice: ScalarSelect[str]) -> ReturningUpdate[Any]:
         return (
@@ -131,19 +119,24 @@ class Claims:
                 started_at=func.coalesce(JobRow.started_at, now()),
                 updated_at=now(),
             )
-            .returning(*LEASE)
+            .returning(*LEASE, JobRow.project)
         )
 
-    def _take(self, take: ReturningUpdate[Any]) -> Lease | None:
+    def _take(self, take: ReturningUpdate[Any], cap: Cap | None) -> Lease | None:
         asked_at = time.monotonic()
-        with self._committing(Point.CLAIM_BEFORE_COMMIT, Point.CLAIM_AFTER_COMMIT) as session:
+        committing = self._committing(Point.CLAIM_BEFORE_COMMIT, Point.CLAIM_AFTER_COMMIT)
+        with suppress(ProjectIsFull), committing as session:
             row = session.execute(take).one_or_none()
             if row is None:
                 return None
-            lease = replace(Lease(*row), asked_at=asked_at)
+            *values, project = row
+            if cap:
+                check_cap(session, project, cap)
+            lease = replace(Lease(*values), asked_at=asked_at)
             what = f"Attempt {lease.attempt} is running."
             session.execute(event(lease.job_id, "job.running", what, worker=self._worker))
             return lease
+        return None
 
     def wish(self, lease: Lease) -> Status:
         """What the row says now: ``running``, or a wish to cancel or pause."""
@@ -204,13 +197,11 @@ class Claims:
         self._end(lease, Status.CANCELLED, "The job was cancelled while it ran.")
 
     def release(self, lease: Lease, why: str, **values: Any) -> None:
-        """Put a drained job back; the attempt does not count."""
+        """Put a drained job back, or pause it if that is wished; the attempt does not count."""
         with self._requeueing() as session:
             status = self.extend(session, lease)
-            if status is Status.CANCELLING:
-                self._finish(session, lease, Status.CANCELLED, "The job was cancelled.")
-                return
-            self._requeue(session, lease, why, attempt=JobRow.attempt - 1, **values)
+            if not self._fulfil(session, lease, status, why, attempt=JobRow.attempt - 1, **values):
+                self._requeue(session, lease, why, attempt=JobRow.attempt - 1, **values)
 
     def lose(self, lease: Lease, reason: Reason, why: str) -> None:
         """Put a job back whose trainer has died, or fail it after the last attempt.
@@ -310,13 +301,23 @@ class Claims:
             )
             return {row.id: row.reason for row in rows}
 
+    def known(self, job_ids: Collection[str]) -> set[str]:
+        """Those of these jobs that exist."""
+        with Session(self._reading) as session:
+            return set(session.scalars(select(JobRow.id).where(JobRow.id.in_(job_ids))))
+
+    def has_jobs(self) -> bool:
+        with Session(self._reading) as session:
+            return session.scalar(select(JobRow.id).limit(1)) is not None
+
     def _lose(
         self, session: Session, lease: Lease, reason: Reason, why: str, wait: float = 0
     ) -> None:
         status = self.extend(session, lease)
-        if status is Status.CANCELLING:
-            self._finish(session, lease, Status.CANCELLED, "The job was cancelled.")
-        elif lease.attempt >= self._max_attempts:
+        attempt = min(lease.attempt, self._max_attempts - 1)  # one is left for when it goes on
+        if self._fulfil(session, lease, status, why, attempt=attempt):
+            return
+        if lease.attempt >= self._max_attempts:
             message = f"{why} That was attempt {lease.attempt} of {self._max_attempts}."
             self._finish(
                 session,
@@ -329,6 +330,20 @@ class Claims:
             )
         else:
             self._requeue(session, lease, why, wait)
+
+    def _fulfil(
+        self, session: Session, lease: Lease, status: Status, why: str, **values: Any
+    ) -> bool:
+        """Nobody runs the job any more: whoever wished so has what he wants."""
+        if status is Status.CANCELLING:
+            self._finish(session, lease, Status.CANCELLED, "The job was cancelled.")
+            return True
+        if status is Status.PAUSING:
+            freed = {"phase": None, "worker": None, "lease_until": None, "paused_at": now()}
+            told = f"The job is paused. {why}"
+            self._move(session, lease, Status.PAUSED, "job.paused", told, **freed, **values)
+            return True
+        return False
 
     def _requeue(
         self, session: Session, lease: Lease, why: str, wait: float = 0, **values: Any

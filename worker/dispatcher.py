@@ -44,6 +44,9 @@ class Dispatcher:
         self._poll_seconds = settings.poll_seconds
         self._reap_at = 0.0
 
+    def clear(self) -> None:
+        self._bench.folders.forget_gone()
+
     def run(self) -> None:
         self._bench.recover()
         log.info("dispatcher ready")
@@ -82,8 +85,10 @@ def main() -> int:
             configure_tracing("flatlora-worker")
             cleaner = Retention(make_engine(settings.database), open_store(settings), settings)
             cleaning = Periodic("cleaner", settings.cleaning_seconds, cleaner.clean)
-            with serving_metrics(settings), cleaning:
-                Dispatcher(settings, slot, draining).run()
+            dispatcher = Dispatcher(settings, slot, draining)
+            clearing = Periodic("folders", settings.cleaning_seconds, dispatcher.clear)
+            with serving_metrics(settings), cleaning, clearing:
+                dispatcher.run()
     except SlotTaken as error:
         log.error(str(error))
         return 2

@@ -89,11 +89,17 @@ class Handover:
             self._step = max(self._step, step)
             self._changed.notify_all()
 
-    def finish(self, seconds: float) -> None:
-        """Wait until the newest one is in the store: the job is about to go elsewhere."""
+    def finish(self, seconds: float) -> bool:
+        """Wait until the newest one is in the store: the job is about to go elsewhere.
+
+        Returns:
+            Whether there is nothing left to wait for.
+        """
         self.take(newest_step(self._folder))
         with self._changed:
-            self._changed.wait_for(lambda: self._is_over or self._done >= self._step, seconds)
+            return self._changed.wait_for(
+                lambda: self._is_over or self._done >= self._step, seconds
+            )
 
     def _run(self) -> None:
         try:

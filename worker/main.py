@@ -32,6 +32,7 @@ from app.settings import Settings, get_settings
 from app.storage import make_private, open_store
 from worker.claims import Claims
 from worker.devices import slots
+from worker.folders import Folders
 from worker.metrics import prepare_metrics, serving_metrics
 from worker.reaper import Reaper
 from worker.registry import Registry
@@ -180,6 +181,7 @@ class Worker:
         reaper = Reaper(claims, every_seconds=reap_seconds, lease_seconds=settings.lease_seconds)
         relay = Relay(engine, make_celery(settings.broker_url))
         cleaner = Retention(make_engine(settings.database), open_store(settings), settings)
+        folders = Folders(claims, settings.work_dir)
         sweepers = [
             Sweeper(settings, self._registry, celery, size)
             for celery, size in zip(self._celeries, sizes, strict=True)
@@ -191,6 +193,7 @@ class Worker:
             *(Periodic("sweeper", settings.sweep_seconds, each.sweep) for each in sweepers),
             Periodic("lost workers", FORGET_SECONDS, self._forget_lost),
             Periodic("cleaner", settings.cleaning_seconds, cleaner.clean),
+            Periodic("folders", settings.cleaning_seconds, folders.forget_gone),
         ]
 
     def run(self, draining: SharedFlag) -> None:

@@ -97,7 +97,16 @@ def gpu_memory(device: str | None, size: int) -> None:
         numbers.gpu_memory.labels(device or "0").set(size)
 
 
-OUTCOMES = ("succeeded", "cancelled", "drained", "cut_off", "lease_lost", "killed", *Reason)
+OUTCOMES = (
+    "succeeded",
+    "cancelled",
+    "drained",
+    "paused",
+    "cut_off",
+    "lease_lost",
+    "killed",
+    *Reason,
+)
 
 
 class Numbers:

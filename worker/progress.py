@@ -11,15 +11,18 @@ from app.jobs.events import event
 from app.jobs.states import Phase, Status
 from app.tables import MetricRow
 from worker.claims import Claims, Lease
+from worker.log_tail import LogTail
 from worker.pipe import Message
 
 
 class Progress:
     """Takes messages from the thread that reads them; ``flush`` writes them from another."""
 
-    def __init__(self, claims: Claims, lease: Lease) -> None:
+    def __init__(self, claims: Claims, lease: Lease, tail: LogTail | None = None) -> None:
+        """``tail``: of the trainer's log, which is shipped along."""
         self._claims = claims
         self._lease = lease
+        self._tail = tail
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
         self._row: dict[str, Any] = {}
@@ -61,20 +64,34 @@ class Progress:
         with self._flushing:
             return self._flush()
 
-    def _flush(self) -> Status:
+    def finish(self) -> None:
+        """As ``flush``, once the trainer has ended: its log is written to the end too."""
+        with self._flushing:
+            self._flush(is_over=True)
+            while self._tail and self._tail.batch(is_over=True):
+                self._flush(is_over=True)
+
+    def _flush(self, *, is_over: bool = False) -> Status:
         with self._lock:
             row, self._row = self._row, {}
             metrics, self._metrics = self._metrics, []
             events, self._events = self._events, []
         worked = time.monotonic() - self._written_at
+        log = self._tail.batch(is_over=is_over) if self._tail else None
+        shipped = {"logged": log.logged} if log else {}
         try:
             statements = [upsert_metric(self._claims.dialect, metric) for metric in metrics]
+            lines = log.statements(self._claims.dialect) if log else []
             # Not added to the row's: an answer that is lost would count twice.
             runtime = self._runtime + worked
-            status = self._claims.beat(self._lease, [*statements, *events], runtime=runtime, **row)
+            status = self._claims.beat(
+                self._lease, [*statements, *events, *lines], runtime=runtime, **row, **shipped
+            )
         except BaseException:
             self._put_back(row, metrics, events)
             raise
+        if log and self._tail:
+            self._tail.written()
         self._written_at += worked
         self._runtime = runtime
         return status
@@ -82,7 +99,8 @@ class Progress:
     @property
     def is_waiting(self) -> bool:
         """Something has gathered that the row does not show yet."""
-        return bool(self._row or self._metrics or self._events)
+        has_log = self._tail is not None and self._tail.has_more
+        return bool(self._row or self._metrics or self._events or has_log)
 
     def _step(self, message: Message) -> None:
         metrics = message["metrics"]

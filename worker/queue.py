@@ -1,7 +1,8 @@
 """Whose turn it is: projects take turns, and within one the lower priority and the older job first.
 
 A slot looks only at jobs that need no more GPUs than it has. The statement finds one job among
-many thousands by a few index look-ups per waiting project.
+many thousands by a few index look-ups per waiting project. Where no project has a limit, none is
+looked for.
 """
 
 from collections.abc import Iterator
@@ -9,14 +10,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from sqlalchemy import ColumnElement, ScalarSelect, func, literal_column, or_, select
+from sqlalchemy import ColumnElement, ScalarSelect, Select, func, literal_column, or_, select
 from sqlalchemy.orm import aliased
 
 from app.db import now
 from app.jobs.states import Status
 from app.tables import JobRow
-
-HELD = [status for status in Status if status.is_held]
+from worker.caps import Cap, held, is_below
 
 Job = type[JobRow]
 
@@ -50,7 +50,7 @@ def is_ready(job: Job = JobRow, fit: Fit = ANY) -> tuple[ColumnElement[bool], ..
 
 
 @cache  # to build it takes many times as long as to run it
-def best(fit: Fit = ANY) -> ScalarSelect[str]:
+def best(fit: Fit = ANY, cap: Cap | None = None) -> ScalarSelect[str]:
     """The next job: of the project with the fewest running ones, then the least recently served.
 
     The row is locked, and one that another worker is taking is passed over.
@@ -58,7 +58,7 @@ def best(fit: Fit = ANY) -> ScalarSelect[str]:
     job = aliased(JobRow)
     return (
         select(job.id)
-        .where(*is_ready(job, fit), job.project == _project(fit))
+        .where(*is_ready(job, fit), job.project == turn(fit, cap).scalar_subquery())
         .order_by(*_order(job))
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -67,12 +67,13 @@ def best(fit: Fit = ANY) -> ScalarSelect[str]:
 
 
 @cache
-def unlocked(fit: Fit = ANY) -> ScalarSelect[str]:
+def unlocked(fit: Fit = ANY, cap: Cap | None = None) -> ScalarSelect[str]:
     """Any job that nobody is taking, for when the one whose turn it is stays locked."""
     job = aliased(JobRow)
+    may_run = () if cap is None else (job.project.in_(_below(cap)),)
     return (
         select(job.id)
-        .where(*is_ready(job, fit))
+        .where(*is_ready(job, fit), *may_run)
         .order_by(job.project, *_order(job))
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -80,15 +81,11 @@ def unlocked(fit: Fit = ANY) -> ScalarSelect[str]:
     )
 
 
-def _project(fit: Fit) -> ScalarSelect[str]:
+@cache
+def turn(fit: Fit = ANY, cap: Cap | None = None) -> Select[str]:
     """The project whose turn it is."""
     waiting = _waiting_projects()
-    running, started, head, first = (aliased(JobRow) for _ in range(4))
-    held = (
-        select(func.count())
-        .select_from(running)
-        .where(running.status.in_(HELD), running.project == waiting)
-    )
+    started, head, first = (aliased(JobRow) for _ in range(3))
     served = select(func.max(started.started_at)).where(started.project == waiting)
     head_id = (
         select(first.id)
@@ -100,14 +97,19 @@ def _project(fit: Fit) -> ScalarSelect[str]:
         select(head.project)
         .select_from(waiting.table)
         .join(head, head.id == head_id.correlate(waiting.table).scalar_subquery())
+        .where(*(() if cap is None else (is_below(cap, waiting),)))
         .order_by(
-            held.correlate(waiting.table).scalar_subquery(),
+            held(waiting),
             served.correlate(waiting.table).scalar_subquery().nulls_first(),
             *_order(head),
         )
         .limit(1)
-        .scalar_subquery()
     )
+
+
+def _below(cap: Cap) -> Select[str]:
+    waiting = _waiting_projects()
+    return select(waiting).where(is_below(cap, waiting))
 
 
 def _waiting_projects() -> Any:

@@ -109,9 +109,11 @@ class Bench:
             retry_seconds=settings.retry_seconds,
             wakes=settings.is_cluster,
             gpus=slot.size if settings.is_cluster else None,
+            max_running=settings.max_running_jobs,
         )
         fetcher = Fetcher(settings, self._engine, store)
         self._supervisor = Supervisor(settings, self.claims, fetcher, store, draining, slot.device)
+        self.folders = self._supervisor.folders
         self._draining = draining
         self._has_recovered = False
 
@@ -123,7 +125,7 @@ class Bench:
         recovered = self.claims.recover()
         attempts_killed(recovered)
         self._has_recovered = True
-        self._supervisor.sweep()
+        self.folders.sweep()
         log.info("slot ready", recovered=recovered)
 
     def run_next(self) -> bool:

@@ -1,6 +1,5 @@
 """One job from its claim to its end, in this process; the training itself runs in another."""
 
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -22,8 +21,10 @@ from worker import metrics
 from worker.claims import Claims, Lease, LeaseLost
 from worker.devices import first_of, visible
 from worker.fetch import Fetcher
+from worker.folders import Folders
 from worker.handover import Handover, restore
-from worker.inputs import CHECKPOINTS, JOB_FILE, LOG_FILE
+from worker.inputs import LOG_FILE
+from worker.log_tail import LogTail
 from worker.patience import until_stored, until_written
 from worker.pipe import Message
 from worker.process import FolderBusy, Task, TrainerProcess, out_of_memory_kills
@@ -39,11 +40,14 @@ Value = TypeVar("Value")
 log = structlog.get_logger()
 
 HANDOVER_SECONDS = 20  # that a drained job waits for its last checkpoint to be in the store
+YIELDING = {Stop.DRAIN, Stop.PAUSE}  # stops after which the job goes on from where it is
+TURN_SECONDS = 0.5
 UNFORESEEN = JobError("The worker met an error of its own.", "See the worker's log.")
 
 
 INTERRUPTED: dict[Stop | None, str] = {
     Stop.DRAIN: "drained",
+    Stop.PAUSE: "paused",
     Stop.CUT_OFF: "cut_off",
     Stop.CANCEL: "cancelled",
     Stop.MAX_RUNTIME: Reason.MAX_RUNTIME,
@@ -103,6 +107,7 @@ class Supervisor:
         self._store = store
         self._draining = draining
         self._device = device
+        self.folders = Folders(claims, settings.work_dir)
 
     def run(self, lease: Lease) -> None:
         """Bring the job to an end, or back into the queue. Never raises for the job's own sake."""
@@ -124,16 +129,17 @@ class Supervisor:
                 metrics.attempt_ended(outcome, time.monotonic() - began)
                 metrics.gpu_memory(self._device, 0)
                 flush()
-        self.sweep()
+        self.folders.sweep()
 
     def _attempt(self, lease: Lease) -> str:
         """Work under the lease and write how that ended: one of ``metrics.OUTCOMES``."""
-        progress = Progress(self._claims, lease)
+        tail = LogTail(self._folder(lease) / LOG_FILE, lease.job_id, lease.logged)
+        progress = Progress(self._claims, lease, tail)
         with Watch(self._settings, self._claims, lease, progress, self._draining) as watch:
             try:
                 result, adapter = self._work(lease, progress, watch)
             except Interrupted:
-                self._write(progress.flush)
+                self._write(progress.finish)
                 stop = watch.stop  # read once: after this the watch finds the job given back
                 self._yield_to(stop, lease)
                 outcome = INTERRUPTED[stop]
@@ -148,14 +154,14 @@ class Supervisor:
             except Exception as error:
                 outcome = self._fail(lease, progress, error)
             else:
-                self._write(progress.flush)
+                self._write(progress.finish)
                 self._write(lambda: self._claims.succeed(lease, result=result, adapter=adapter))
                 outcome = "succeeded"
             self._forget_checkpoints(lease)
         return outcome
 
     def _lose(self, lease: Lease, progress: Progress, death: "TrainerDied") -> str:
-        self._write(progress.flush)
+        self._write(progress.finish)
         self._write(lambda: self._claims.lose(lease, death.reason, str(death)))
         return death.reason
 
@@ -169,7 +175,7 @@ class Supervisor:
             )
             self._draining.wait(self._settings.retry_seconds)
             return outcome
-        self._write(progress.flush)
+        self._write(progress.finish)
         reason = Reason(failure.reason)
         self._write(lambda: self._claims.fail(lease, reason, failure.message, failure.hint))
         return reason
@@ -234,15 +240,24 @@ class Supervisor:
         with Handover(self._claims, self._store, lease, folder) as handover:
 
             def hear(message: Message) -> None:
-                if message["kind"] == "event" and message["type"] == "job.checkpoint":
+                is_checkpoint = message["kind"] == "event" and message["type"] == "job.checkpoint"
+                if is_checkpoint and message["data"].get("verified", True):
                     handover.take(message["data"]["step"])
 
             try:
                 return self._run("train", folder, lease, progress, watch, hear=hear)
             except (Interrupted, TrainerDied):
-                if watch.stop in {None, Stop.DRAIN}:
-                    handover.finish(HANDOVER_SECONDS)
+                self._finish(handover, watch)
                 raise
+
+    def _finish(self, handover: Handover, watch: Watch) -> None:
+        """See the last checkpoint into the store; a pause is in less of a hurry than a drain."""
+        if watch.stop is None or watch.stop in YIELDING:
+            handover.finish(HANDOVER_SECONDS)
+        deadline = time.monotonic() + self._settings.drain_grace_seconds
+        while watch.stop is Stop.PAUSE and not self._draining.is_set():
+            if handover.finish(TURN_SECONDS) or time.monotonic() > deadline:
+                return
 
     def _publish(
         self, folder: Path, lease: Lease, watch: Watch, result: dict[str, Any]
@@ -336,6 +351,9 @@ class Supervisor:
             case Stop.DRAIN:
                 why = "The worker stops; the job goes on from a checkpoint."
                 self._write(lambda: self._claims.release(lease, why))
+            case Stop.PAUSE:
+                why = "The trainer has stopped; the job can go on from its last checkpoint."
+                self._write(lambda: self._claims.release(lease, why))
             case Stop.CUT_OFF:
                 why = "The worker could not reach the database; the job goes on from a checkpoint."
                 self._write(lambda: self._claims.release(lease, why))
@@ -368,26 +386,3 @@ class Supervisor:
 
     def _folder(self, lease: Lease) -> Path:
         return self._settings.work_dir / lease.job_id
-
-    def sweep(self) -> None:
-        """Clear what jobs have left that were over before anybody could."""
-        folders = [path for path in self._settings.work_dir.glob("*/*") if path.is_dir()]
-        over = self._claims.over({path.parent.name for path in folders})
-        for job_id, reason in over.items():
-            clear(self._settings.work_dir / job_id, reason)
-
-
-def clear(folder: Path, reason: str | None) -> None:
-    """Of a job that is over only the description and the log stay on the worker.
-
-    Where the loss has diverged the last checkpoints stay too: they are from before that.
-    """
-    kept = {JOB_FILE, LOG_FILE} | ({CHECKPOINTS} if reason == Reason.LOSS_DIVERGED else set())
-    with suppress(OSError):
-        for path in folder.iterdir():
-            if path.name in kept:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink()

@@ -36,11 +36,15 @@ class Stop(Enum):
     """Why a trainer is being stopped; the later ones win over the earlier."""
 
     DRAIN = 1
-    CUT_OFF = 2
-    CANCEL = 3
-    MAX_RUNTIME = 4
-    STALLED = 5
-    LEASE_LOST = 6
+    PAUSE = 2
+    CUT_OFF = 3
+    CANCEL = 4
+    MAX_RUNTIME = 5
+    STALLED = 6
+    LEASE_LOST = 7
+
+
+WISHES = {Status.CANCELLING: Stop.CANCEL, Status.PAUSING: Stop.PAUSE}
 
 
 class Watch:
@@ -155,8 +159,8 @@ class Watch:
         except Exception as error:  # this thread must go on
             log.warning("heartbeat failed", job_id=self._lease.job_id, exc_info=error)
         else:
-            if status is Status.CANCELLING:
-                self._want(Stop.CANCEL)
+            if status in WISHES:
+                self._want(WISHES[status])
 
     def _want(self, stop: Stop) -> None:
         with self._lock:
@@ -169,11 +173,15 @@ class Watch:
             return
         now = time.monotonic()
         match stop:
-            case Stop.DRAIN | Stop.CUT_OFF:  # a checkpoint if there is time
+            case Stop.DRAIN | Stop.PAUSE | Stop.CUT_OFF:  # a checkpoint if there is time
                 self._trainer.signal(signal.SIGTERM)
-                self._kill_at = now + self._settings.drain_grace_seconds
+                self._kill_by(now + self._settings.drain_grace_seconds)
             case Stop.CANCEL | Stop.MAX_RUNTIME:
                 self._trainer.signal(signal.SIGUSR1)
-                self._kill_at = now + self._settings.cancel_grace_seconds
+                self._kill_by(now + self._settings.cancel_grace_seconds)
             case Stop.STALLED | Stop.LEASE_LOST:
                 self._trainer.kill()
+
+    def _kill_by(self, moment: float) -> None:
+        """A later wish gives no more time than the earlier one has."""
+        self._kill_at = min(self._kill_at, moment)

@@ -9,6 +9,8 @@ from app.access.principal import Principal, Role
 from app.errors import Forbidden
 
 READING = {"GET", "HEAD", "OPTIONS"}
+PROJECT_HEADER = "Flatlora-Project"
+"""Chooses among the projects that a token opens."""
 
 bearer = HTTPBearer(auto_error=False, description="A key of this service: `flk_…`.")
 
@@ -17,9 +19,15 @@ async def require_access(
     request: Request,
     given: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)],
 ) -> None:
-    """Every route of the API: a viewer to read, a submitter to write."""
+    """Every route of the API: a viewer to read, a submitter to write; and not too often."""
     key = given.credentials if given else None
-    request.state.principal = await request.state.authenticator.principal(key)
+    address = request.client.host if request.client else ""
+    state = request.state
+    state.principal = await state.authenticator.principal(
+        key, address=address, project=request.headers.get(PROJECT_HEADER)
+    )
+    state.limits = await state.known_limits.of(state.principal.project)
+    state.headers = state.rates.take(state.principal, state.limits)
     require_role(request, Role.VIEWER if request.method in READING else Role.SUBMITTER)
 
 

@@ -1,5 +1,6 @@
 """Who asks, in which project, and how much they may do."""
 
+import time
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -31,6 +32,7 @@ class Principal:
         actor: What the audit log calls them.
         key_id: Of their key; None for the operator, and for tokens of an identity provider.
         is_operator: They hold the service's own key, and may make keys of any project.
+        expires_at: When they are nobody any more, by the clock of this machine (``time.time``).
     """
 
     project: str
@@ -38,6 +40,11 @@ class Principal:
     actor: str
     key_id: str | None = None
     is_operator: bool = False
+    expires_at: float | None = None
+
+    @property
+    def is_expired(self) -> bool:
+        return self.expires_at is not None and self.expires_at <= time.time()
 
 
 OPERATOR = Principal(DEFAULT_PROJECT, Role.ADMIN, "operator", is_operator=True)

@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.access.principal import Role
 from app.jobs.schemas import Body
+from app.settings import PROJECT_NAME
 
-PROJECT_NAME = r"^[a-z0-9][a-z0-9_.-]{0,62}$"
 ProjectName = Annotated[str, Field(pattern=PROJECT_NAME)]
 
 

@@ -19,6 +19,7 @@ from app.cli.gc import gc
 from app.cli.jobs import jobs
 from app.cli.keys import keys
 from app.cli.output import USAGE, fail, print_json
+from app.cli.projects import projects
 from app.cli.up import explained, run_api, run_up
 from app.cli.workers import worker, workers
 from app.jobs.schemas import RowFormat
@@ -40,6 +41,7 @@ cli.add_typer(keys, name="keys")
 cli.add_typer(webhooks, name="webhooks")
 cli.command()(quota)
 cli.command()(audit)
+cli.add_typer(projects, name="projects")
 cli.command()(worker)
 cli.command()(gc)
 cli.command()(doctor)

@@ -27,12 +27,15 @@ from app.errors import (
     DatasetNotFound,
     HashMismatch,
     InvalidRequest,
+    QuotaExceeded,
+    RateLimited,
     TooLarge,
     Unauthenticated,
     UnsupportedMediaType,
     problems,
 )
 from app.faults import Fault
+from app.quotas.service import check_room
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
 
@@ -87,10 +90,13 @@ async def received(request: Request, query: Annotated[UploadQuery, Query()]) -> 
         async with request.form(max_files=1, max_fields=8) as form:
             file = _file_part(form)
             check_size(file.size or 0, state.settings)
+            await check_room(request, file.size or 0)
             name = safe_filename(query.filename or file.filename or "", file.content_type or "")
             return await receive(_chunks(file), name, expected, state.settings, state.store)
     given = query.filename or disposition_filename(headers.get("content-disposition", ""))
     name = safe_filename(given, media_type(content_type))
+    if (declared := headers.get("content-length", "")).isdecimal():
+        await check_room(request, int(declared))  # BodyLimit has refused what is no size
     return await receive(request.stream(), name, expected, state.settings, state.store)
 
 
@@ -114,7 +120,13 @@ async def _chunks(file: UploadFile) -> AsyncIterator[bytes]:
     "",
     status_code=201,
     responses=problems(
-        Unauthenticated, TooLarge, UnsupportedMediaType, InvalidRequest, HashMismatch
+        Unauthenticated,
+        TooLarge,
+        UnsupportedMediaType,
+        InvalidRequest,
+        HashMismatch,
+        RateLimited,
+        QuotaExceeded,
     )
     | {200: {"model": Dataset, "description": "These bytes were here under this name already."}},
     openapi_extra={"requestBody": BODY},
@@ -127,7 +139,7 @@ async def create_dataset(
     response: Response,
 ) -> Dataset:
     """The file's bytes, or a form with a part `file`. The same bytes are kept once."""
-    dataset, is_new = await DatasetService(session).keep(upload)
+    dataset, is_new = await DatasetService(session).keep(upload, request.state.settings)
     note_change(request, dataset.id if is_new else None)
     response.status_code = 201 if is_new else 200
     response.headers["Location"] = f"{request.scope.get('root_path', '')}/datasets/{dataset.id}"

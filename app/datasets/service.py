@@ -8,6 +8,8 @@ from app.datasets.schemas import Dataset, DatasetPage
 from app.datasets.uploads import Upload
 from app.errors import DatasetInUse, DatasetNotFound
 from app.ids import new_id
+from app.quotas.service import Quotas
+from app.settings import Settings
 from app.tables import DatasetRow
 
 
@@ -16,10 +18,11 @@ class DatasetService:
         self._session = session
         self._datasets = DatasetRepository(session)
 
-    async def keep(self, upload: Upload) -> tuple[Dataset, bool]:
+    async def keep(self, upload: Upload, settings: Settings) -> tuple[Dataset, bool]:
         """The dataset with these bytes and this name, and whether it is new."""
         if known := await self._datasets.find(upload.sha256, upload.filename):
             return present(known), False
+        await Quotas(self._session, settings).admit_bytes(upload.size, upload.sha256)
         try:
             async with self._session.begin_nested():
                 row = await self._datasets.add(

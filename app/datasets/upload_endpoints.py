@@ -16,6 +16,8 @@ from app.errors import (
     HashMismatch,
     InvalidRequest,
     OffsetMismatch,
+    QuotaExceeded,
+    RateLimited,
     Responses,
     StoreUnavailable,
     TooLarge,
@@ -56,7 +58,14 @@ class BeginQuery(BaseModel):
     "",
     responses=HERE
     | problems(
-        Unauthenticated, TooLarge, InvalidRequest, UploadMismatch, HashMismatch, StoreUnavailable
+        Unauthenticated,
+        TooLarge,
+        InvalidRequest,
+        UploadMismatch,
+        HashMismatch,
+        RateLimited,
+        QuotaExceeded,
+        StoreUnavailable,
     ),
     summary="Begin an upload, or find how far it has come",
 )
@@ -91,6 +100,8 @@ async def get_upload(sha256: Hash, request: Request, response: Response) -> Uplo
         UnsupportedMediaType,
         InvalidRequest,
         HashMismatch,
+        RateLimited,
+        QuotaExceeded,
         StoreUnavailable,
     ),
     openapi_extra={"requestBody": BODY},

@@ -1,10 +1,10 @@
 """The routes of jobs."""
 
-import hashlib
 import re
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
+import structlog
 from fastapi import APIRouter, BackgroundTasks, Depends, Header, Query, Request, Response
 from pydantic import (
     AfterValidator,
@@ -23,6 +23,8 @@ from app.errors import (
     InvalidRequest,
     JobNotFound,
     MalformedBody,
+    QuotaExceeded,
+    RateLimited,
     TooLarge,
     Unauthenticated,
     UnsupportedMediaType,
@@ -30,12 +32,21 @@ from app.errors import (
 )
 from app.etags import names
 from app.faults import Fault
+from app.jobs.following import LONGEST_WAIT_SECONDS, look, wait_for_change
 from app.jobs.repository import JobFilter
-from app.jobs.schemas import LABEL_NAME, EventPage, Job, JobCreate, JobPage, MetricSeries
+from app.jobs.schemas import (
+    LABEL_NAME,
+    Job,
+    JobCreate,
+    JobPage,
+    MetricSeries,
+)
 from app.jobs.service import JobService
 from app.jobs.states import Status
 from app.periodic import Periodic
+from app.storage import ArtifactStore, Outage
 
+log = structlog.get_logger()
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 RETRY_SECONDS = {False: "2", True: "5"}  # by whether the job is running
@@ -107,9 +118,13 @@ class ListQuery(Page):
         return {name: value for name, value in values.items() if not name.startswith("label.")}
 
 
-class EventQuery(Page):
-    after: int = Field(0, ge=0, le=BIGGEST, description="Number of the last event seen.")
-    limit: int = Field(100, ge=1, le=1000)
+class JobQuery(Page):
+    wait: float = Field(
+        0,
+        ge=0,
+        le=LONGEST_WAIT_SECONDS,
+        description="Answer when the job has changed, or after so many seconds.",
+    )
 
 
 class MetricQuery(Page):
@@ -128,6 +143,8 @@ class MetricQuery(Page):
         UnsupportedMediaType,
         InvalidRequest,
         IdempotencyKeyReused,
+        RateLimited,
+        QuotaExceeded,
     ),
     summary="Submit a job",
 )
@@ -141,13 +158,22 @@ async def create_job(
 ) -> Job:
     job, is_replay = await jobs.submit(body, idempotency_key, request_id=request.state.request_id)
     note_change(request, None if is_replay else job.id)
-    response.headers["Location"] = f"{request.scope.get('root_path', '')}/jobs/{job.id}"
-    response.headers["Retry-After"] = RETRY_SECONDS[False]
-    if is_replay:
-        response.headers["Idempotent-Replayed"] = "true"
-    if wakes := request.state.wakes:
-        background.add_task(_nudge, wakes)  # after the commit and the answer
+    response.headers.update(_of_new(job, request, is_replay=is_replay))
+    _wake(request, background)
     return job
+
+
+def _of_new(job: Job, request: Request, *, is_replay: bool) -> dict[str, str]:
+    """Headers of an answer that names a new job, or the one that was made before."""
+    location = f"{request.scope.get('root_path', '')}/jobs/{job.id}"
+    replayed = {"Idempotent-Replayed": "true"} if is_replay else {}
+    return {"Location": location, "Retry-After": RETRY_SECONDS[False], **replayed}
+
+
+def _wake(request: Request, background: BackgroundTasks) -> None:
+    """Let the workers hear of what has been queued, after the commit and the answer."""
+    if wakes := request.state.wakes:
+        background.add_task(_nudge, wakes)
 
 
 async def _nudge(wakes: Periodic) -> None:
@@ -186,26 +212,37 @@ async def list_jobs(
     )
 
 
+@router.head("/{job_id}", include_in_schema=False)
 @router.get(
     "/{job_id}",
     response_model=Job,
     responses={
-        **problems(Unauthenticated, JobNotFound),
+        **problems(Unauthenticated, JobNotFound, InvalidRequest),
         304: {"description": "The client has it: If-None-Match names its ETag."},
     },
     summary="Show a job",
 )
-async def get_job(job_id: str, jobs: Reading, if_none_match: IfNoneMatch = None) -> Response:
-    """Carries an `ETag`; sent back as `If-None-Match`, it is 304 until something has changed."""
-    job = await jobs.get(job_id)
-    body = job.model_dump_json().encode()
-    etag = f'"{hashlib.sha256(body).hexdigest()}"'
-    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
-    if not job.status.is_terminal:
-        headers["Retry-After"] = RETRY_SECONDS[job.status is Status.RUNNING]
-    if names(if_none_match, etag):
+async def get_job(
+    job_id: str,
+    request: Request,
+    query: Annotated[JobQuery, Query()],
+    if_none_match: IfNoneMatch = None,
+) -> Response:
+    """Carries an `ETag`; sent back as `If-None-Match`, it is 304 until something has changed.
+
+    With `wait` the answer comes when the job is no longer what that names (without it: what the
+    job is now), or when the time is over. A job that is over is answered at once.
+    """
+    if query.wait:
+        found = await wait_for_change(request, job_id, if_none_match, query.wait)
+    else:
+        found = await look(request, job_id)
+    headers = {"ETag": found.etag, "Cache-Control": "private, no-cache"}
+    if not found.job.status.is_terminal:
+        headers["Retry-After"] = RETRY_SECONDS[found.job.status is Status.RUNNING]
+    if names(if_none_match, found.etag):
         return Response(status_code=304, headers=headers)
-    return Response(body, headers=headers, media_type="application/json")
+    return Response(found.body, headers=headers, media_type="application/json")
 
 
 @router.post(
@@ -219,15 +256,81 @@ async def cancel_job(job_id: str, jobs: Writing) -> Job:
     return await jobs.cancel(job_id)
 
 
-@router.get(
-    "/{job_id}/events",
-    responses=problems(Unauthenticated, JobNotFound, InvalidRequest),
-    summary="What happened to a job",
+@router.post(
+    "/{job_id}/pause",
+    status_code=202,
+    responses=problems(Unauthenticated, JobNotFound, IllegalTransition),
+    summary="Pause a job",
 )
-async def list_events(
-    job_id: str, jobs: Reading, query: Annotated[EventQuery, Query()]
-) -> EventPage:
-    return await jobs.events(job_id, after=query.after, limit=query.limit)
+async def pause_job(job_id: str, jobs: Writing) -> Job:
+    """Repeatable. A running job is `pausing` until its trainer has written a checkpoint.
+
+    While it is `paused` it holds no GPU, and its times in the queue and at work stand still.
+    """
+    return await jobs.pause(job_id)
+
+
+@router.post(
+    "/{job_id}/resume",
+    status_code=202,
+    responses=problems(Unauthenticated, JobNotFound, IllegalTransition),
+    summary="Let a paused job go on",
+)
+async def resume_job(
+    job_id: str, jobs: Writing, request: Request, background: BackgroundTasks
+) -> Job:
+    """Repeatable. It waits in the queue again, and goes on from its last checkpoint."""
+    job = await jobs.resume(job_id)
+    _wake(request, background)
+    return job
+
+
+@router.post(
+    "/{job_id}/retry",
+    status_code=202,
+    responses=problems(
+        Unauthenticated, JobNotFound, IllegalTransition, InvalidRequest, IdempotencyKeyReused
+    ),
+    summary="Do a job again",
+)
+async def retry_job(
+    job_id: str,
+    jobs: Writing,
+    request: Request,
+    response: Response,
+    background: BackgroundTasks,
+    idempotency_key: IdempotencyKey = None,
+) -> Job:
+    """A new job with the same spec, from a job that is over. While it is not over itself, asking
+    again gives it again, with `Idempotent-Replayed`.
+    """
+    job, is_replay = await jobs.retry(job_id, idempotency_key, request_id=request.state.request_id)
+    note_change(request, None if is_replay else job.id)
+    response.headers.update(_of_new(job, request, is_replay=is_replay))
+    _wake(request, background)
+    return job
+
+
+@router.delete(
+    "/{job_id}",
+    status_code=204,
+    responses=problems(Unauthenticated, JobNotFound, IllegalTransition),
+    summary="Delete a job that is over",
+)
+async def delete_job(
+    job_id: str, jobs: Writing, request: Request, background: BackgroundTasks
+) -> None:
+    """Its events, curves, logs and its adapter go with it, and its id is no longer known."""
+    await jobs.delete(job_id)
+    background.add_task(_forget_files, request.state.store, job_id)  # after the commit
+
+
+def _forget_files(store: ArtifactStore, job_id: str) -> None:
+    """The adapter's files themselves may belong to other jobs too: the cleaner looks for that."""
+    try:
+        store.forget_job(job_id)
+    except Outage as error:
+        log.warning("files of a deleted job stay for the cleaner", job_id=job_id, exc_info=error)
 
 
 @router.get(

@@ -26,4 +26,4 @@ def event(job_id: str, type_: str, message: str, **data: Any) -> Insert:
 
 
 # Built once and run without the ORM: a submission waits for it.
-FIRST_EVENT = insert(EventRow).values(seq=1, at=now(), data={})
+FIRST_EVENT = insert(EventRow).values(seq=1, at=now())

@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import (
     Select,
     case,
+    delete,
     insert,
     select,
     tuple_,
@@ -21,12 +22,19 @@ from app.devices import count
 from app.ids import is_id
 from app.jobs.events import FIRST_EVENT, event
 from app.jobs.states import Status, may_move
-from app.outbox import WAKE_NOW
+from app.outbox import WAKE_NOW, wake
+from app.quotas.usage import USED, keep_usage
 from app.scope import PROJECT
-from app.tables import EventRow, IdempotencyRow, JobRow, MetricRow, WorkerRow
+from app.tables import EventRow, IdempotencyRow, JobRow, LogRow, MetricRow, WorkerRow
 
 WAITING = [s for s in Status if may_move(s, Status.CANCELLED) and not s.is_held]
 STOPPABLE = [s for s in Status if may_move(s, Status.CANCELLING)]
+PAUSABLE = [s for s in Status if may_move(s, Status.PAUSING)]
+TERMINAL = [s for s in Status if s.is_terminal]
+PAUSE_MESSAGES = {
+    Status.PAUSED: "The job was paused while it waited.",
+    Status.PAUSING: "The trainer was asked to write a checkpoint and stop.",
+}
 CANCEL_MESSAGES = {
     Status.CANCELLED: "The job was cancelled before it ran.",
     Status.CANCELLING: "The trainer was asked to stop.",
@@ -66,12 +74,15 @@ class JobRepository:
         """
         statement = ADD.values(queue_deadline=now(waits)) if waits else ADD
         values["project"] = self._session.sync_session.info[PROJECT]
+        again = {"retried_from": earlier} if (earlier := values.get("retried_from")) else {}
+        first = {
+            "job_id": values["id"], "type": "job.queued", "message": ACCEPTED, "data": again,
+        }  # fmt: skip
         wakes = self._wakes
 
         def run(session: Session) -> JobRow:
             connection = session.connection()
             made = connection.execute(statement, values).one()
-            first = {"job_id": values["id"], "type": "job.queued", "message": ACCEPTED}
             connection.execute(FIRST_EVENT, first)
             if wakes:
                 connection.execute(WAKE_NOW, {"job_id": values["id"]})
@@ -94,6 +105,39 @@ class JobRepository:
         if not is_id(job_id, "job"):
             return None
         return await self._session.get(JobRow, job_id, populate_existing=True)
+
+    async def lock(self, job_id: str) -> JobRow | None:
+        """As ``get``; whoever locks the same job waits until this transaction is over."""
+        if not is_id(job_id, "job"):
+            return None
+        return await self._session.get(JobRow, job_id, populate_existing=True, with_for_update=True)
+
+    async def retry_of(self, job_id: str) -> JobRow | None:
+        """The job that does another one again and is not over yet."""
+        statement = (
+            select(JobRow)
+            .where(JobRow.retried_from == job_id, JobRow.status.not_in(TERMINAL))
+            .order_by(JobRow.created_at)
+            .limit(1)
+        )
+        return await self._session.scalar(statement)
+
+    async def delete(self, job_id: str) -> bool:
+        """With all rows that hang on it, if it is over; what it has used stays charged."""
+        statement = delete(JobRow).where(JobRow.id == job_id, JobRow.status.in_(TERMINAL))
+        gone = (await self._session.execute(statement.returning(*USED))).one_or_none()
+        if gone:
+            await self._session.execute(keep_usage(gone))
+        return gone is not None
+
+    async def place(self, job_id: str) -> dict[str, Any] | None:
+        """Where a job is in its life, without all that is large."""
+        if not is_id(job_id, "job"):
+            return None
+        columns = (JobRow.status, JobRow.phase, JobRow.step, JobRow.total_steps, JobRow.progress)
+        found = await self._session.execute(select(*columns).where(JobRow.id == job_id))
+        row = found.mappings().one_or_none()
+        return dict(row) if row else None
 
     async def page(
         self, wanted: JobFilter, *, limit: int, after: tuple[datetime, str] | None
@@ -126,11 +170,63 @@ class JobRepository:
                 event(job_id, f"job.{status}", CANCEL_MESSAGES[Status(status)])
             )
 
+    async def pause(self, job_id: str) -> None:
+        """As ``cancel``: a job that waits is paused at once, one that runs when it has stopped."""
+        is_waiting = JobRow.status == Status.QUEUED
+        statement = (
+            update(JobRow)
+            .where(JobRow.id == job_id, JobRow.status.in_([Status.QUEUED, *PAUSABLE]))
+            .values(
+                status=case((is_waiting, Status.PAUSED.value), else_=Status.PAUSING.value),
+                paused_at=now(),
+                updated_at=now(),
+            )
+            .returning(JobRow.status)
+        )
+        if status := await self._session.scalar(statement):
+            await self.tell(job_id, f"job.{status}", PAUSE_MESSAGES[Status(status)])
+
+    async def resume(self, job_id: str) -> None:
+        """Back into the queue, to wait there for no longer than was left when it was paused."""
+        statement = (
+            update(JobRow)
+            .where(JobRow.id == job_id, JobRow.status == Status.PAUSED)
+            .values(status=Status.QUEUED, available_at=None, updated_at=now())
+            .returning(JobRow.queue_deadline, JobRow.paused_at)
+        )
+        resumed = (await self._session.execute(statement)).one_or_none()
+        if resumed is None:
+            return
+        if resumed.queue_deadline and resumed.paused_at:
+            left = (resumed.queue_deadline - resumed.paused_at).total_seconds()
+            shifted = update(JobRow).where(JobRow.id == job_id).values(queue_deadline=now(left))
+            await self._session.execute(shifted)
+        await self.tell(job_id, "job.resumed", "The job waits for a worker again.")
+        if self._wakes:
+            await self._session.execute(wake(job_id))
+
     async def events(self, job_id: str, *, after: int, limit: int) -> Sequence[EventRow]:
         statement = (
             select(EventRow)
             .where(EventRow.job_id == job_id, EventRow.seq > after)
             .order_by(EventRow.seq)
+            .limit(limit)
+        )
+        return (await self._session.scalars(statement)).all()
+
+    async def events_of(self, job_id: str, types: Sequence[str]) -> Sequence[EventRow]:
+        statement = select(EventRow).where(EventRow.job_id == job_id, EventRow.type.in_(types))
+        return (await self._session.scalars(statement.order_by(EventRow.seq))).all()
+
+    async def metrics_at(self, job_id: str, steps: Sequence[int]) -> Sequence[MetricRow]:
+        statement = select(MetricRow).where(MetricRow.job_id == job_id, MetricRow.step.in_(steps))
+        return (await self._session.scalars(statement)).all()
+
+    async def logs(self, job_id: str, *, after: int, limit: int) -> Sequence[LogRow]:
+        statement = (
+            select(LogRow)
+            .where(LogRow.job_id == job_id, LogRow.seq > after)
+            .order_by(LogRow.seq)
             .limit(limit)
         )
         return (await self._session.scalars(statement)).all()

@@ -327,6 +327,7 @@ class JobSummary(BaseModel):
     total_steps: int | None
     progress: dict[str, Any] | None
     attempt: int
+    retried_from: str | None = Field(description="The job that this one does again.")
     failure: Failure | None
     spec: JobCreate = Field(description="The job as asked for, every default written out.")
     result: dict[str, Any] | None = Field(description="Held-out loss before and after, and more.")
@@ -359,6 +360,36 @@ class EventPage(BaseModel):
     next: int = Field(
         description="Pass it as `after` for what comes next, also where nothing has come yet."
     )
+
+
+class LogLine(BaseModel):
+    seq: int
+    at: datetime = Field(description="When the worker has read it.")
+    text: str
+
+
+class LogPage(BaseModel):
+    items: list[LogLine]
+    next: int = Field(
+        description="Pass it as `after` for what comes next, also where nothing has come yet."
+    )
+
+
+class Checkpoint(BaseModel):
+    step: int
+    loss: float | None = Field(description="Of that training step.")
+    held_out_loss: float | None = Field(description="Where the step was evaluated too.")
+    size: int | None
+    verified: bool | None = Field(
+        description="Its files were read back and are what was written; false: it is not used."
+    )
+    kept: bool = Field(description="It is still there for the job to go on from.")
+    created_at: datetime
+
+
+class CheckpointPage(BaseModel):
+    items: list[Checkpoint]
+    next: int | None = Field(description="Where more follows: pass it as `after`.")
 
 
 class Metric(BaseModel):

@@ -3,9 +3,11 @@
 import asyncio
 import hashlib
 import json
+from collections.abc import Awaitable, Callable
 from contextlib import nullcontext
 from typing import Any
 
+import structlog
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -17,6 +19,7 @@ from app.errors import (
     IllegalTransition,
     InvalidRequest,
     JobNotFound,
+    QuotaExceeded,
 )
 from app.faults import Fault
 from app.ids import is_id, new_id
@@ -37,6 +40,7 @@ from app.jobs.schemas import (
 from app.jobs.states import Reason, Status
 from app.net.rules import Rules
 from app.net.urls import check_url
+from app.quotas.service import Quotas
 from app.settings import Settings
 from app.tables import JobRow
 from app.tracing import inject
@@ -45,6 +49,8 @@ from app.uris import (
     check_hub_id,
     resolve_model_folder,
 )
+
+log = structlog.get_logger()
 
 
 class JobService:
@@ -63,7 +69,11 @@ class JobService:
             The job, and whether the key was seen before.
         """
         spec = body.resolved()
-        digest = _digest(spec)
+        return await self._accept(spec, key, _digest(spec), request_id)
+
+    async def _accept(
+        self, spec: JobCreate, key: str | None, digest: str, request_id: str | None, **more: Any
+    ) -> tuple[Job, bool]:
         faults = await asyncio.to_thread(self._check_paths, spec)  # before the database is locked
         if key and (earlier := await self._replay(key, digest)):
             return earlier, True
@@ -74,18 +84,69 @@ class JobService:
                 "GET /models and GET /datasets list what is here.",
                 faults=faults,
             )
+
+        async def add() -> JobRow:
+            row = await self._jobs.add(**_new_row(spec), request_id=request_id, **more)
+            await self._tell_if_too_large(row)
+            return row
+
+        return await self._once(key, digest, add)
+
+    async def _once(
+        self, key: str | None, digest: str, make: Callable[[], Awaitable[JobRow]]
+    ) -> tuple[Job, bool]:
         try:
+            await Quotas(self._session, self._settings).admit_job()
             async with self._session.begin_nested() if key else nullcontext():
-                row = await self._jobs.add(**_new_row(spec), request_id=request_id)
-                await self._tell_if_too_large(row)
+                row = await make()
                 if key:
                     await self._jobs.remember(key, digest, row.id)
-        except IntegrityError:
+        except (IntegrityError, QuotaExceeded):
             # The same key in another request, committed a moment ago: its job is the answer.
             if key and (earlier := await self._replay(key, digest)):
                 return earlier, True
             raise
         return await self._present(row), False
+
+    async def retry(
+        self, job_id: str, key: str | None, *, request_id: str | None = None
+    ) -> tuple[Job, bool]:
+        """Accept a job again that is over; while that runs, it is the answer to all who ask.
+
+        Returns:
+            The new job, and whether it was there before.
+        """
+        digest = hashlib.sha256(f"retry {job_id}".encode()).hexdigest()
+        row = await self._jobs.lock(job_id)
+        if key and (earlier := await self._replay(key, digest)):
+            return earlier, True
+        if row is None:
+            raise JobNotFound(job_id)
+        if not Status(row.status).is_terminal:
+            raise IllegalTransition(
+                f"The job is {row.status} and cannot be retried.",
+                "Only a job that is over can be done again.",
+            )
+        if running := await self._jobs.retry_of(job_id):
+
+            async def found() -> JobRow:
+                return running
+
+            job, _ = await self._once(key, digest, found)
+            return job, True
+        spec = JobCreate.model_validate(row.spec).resolved()
+        return await self._accept(spec, key, digest, request_id, retried_from=job_id)
+
+    async def delete(self, job_id: str) -> None:
+        """Its rows; the caller sees to its files."""
+        if is_id(job_id, "job") and await self._jobs.delete(job_id):
+            log.info("job deleted", job_id=job_id)
+            return
+        row = await self.row(job_id)
+        raise IllegalTransition(
+            f"The job is {row.status} and cannot be deleted.",
+            "Only a job that is over can be deleted: cancel it first.",
+        )
 
     async def _tell_if_too_large(self, row: JobRow) -> None:
         """In the job's events: no error, as a worker with such a slot may come tomorrow."""
@@ -135,6 +196,28 @@ class JobService:
                 f"The job is {row.status} and cannot be cancelled.",
                 "Only a job that is not over can be cancelled.",
             )
+        return await self._present(row)
+
+    async def pause(self, job_id: str) -> Job:
+        if is_id(job_id, "job"):
+            await self._jobs.pause(job_id)
+        row = await self.row(job_id)
+        if row.status not in {Status.PAUSING, Status.PAUSED}:
+            raise IllegalTransition(
+                f"The job is {row.status} and cannot be paused.",
+                "Only a job that waits or runs can be paused.",
+            )
+        return await self._present(row)
+
+    async def resume(self, job_id: str) -> Job:
+        if is_id(job_id, "job"):
+            await self._jobs.resume(job_id)
+        row = await self.row(job_id)
+        if row.status not in {Status.QUEUED, Status.RUNNING}:
+            hint = "Only a paused job can be resumed."
+            if row.status == Status.PAUSING:
+                hint = "Its trainer has not stopped yet: wait until the job is paused."
+            raise IllegalTransition(f"The job is {row.status} and cannot be resumed.", hint)
         return await self._present(row)
 
     async def events(self, job_id: str, *, after: int, limit: int) -> EventPage:
@@ -262,6 +345,7 @@ def _summary(row: JobRow, queue_position: int | None) -> dict[str, Any]:
         "total_steps": row.total_steps,
         "progress": row.progress,
         "attempt": row.attempt,
+        "retried_from": row.retried_from,
         "failure": failure,
         "spec": JobCreate.model_validate(row.spec),
         "result": row.result,

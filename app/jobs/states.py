@@ -3,9 +3,10 @@
 queued → running → succeeded
    │        ├──→ failed
    │        ├──→ cancelling → cancelled
-   │        ├──→ pausing → paused → queued
+   │        ├──→ pausing → paused
    │        └──→ queued          (worker lost, or drained)
-   └──→ cancelled
+   ├──→ cancelled
+   └──→ paused → queued          (resumed)
 """
 
 from enum import StrEnum
@@ -32,15 +33,13 @@ class Status(StrEnum):
 
 
 TRANSITIONS: dict[Status, frozenset[Status]] = {
-    Status.QUEUED: frozenset({Status.RUNNING, Status.CANCELLED, Status.FAILED}),
+    Status.QUEUED: frozenset({Status.RUNNING, Status.PAUSED, Status.CANCELLED, Status.FAILED}),
     Status.RUNNING: frozenset(
         {Status.SUCCEEDED, Status.FAILED, Status.CANCELLING, Status.PAUSING, Status.QUEUED}
     ),
     # A wish can come too late: the job may finish before the trainer reads it.
     Status.CANCELLING: frozenset({Status.CANCELLED, Status.SUCCEEDED, Status.FAILED}),
-    Status.PAUSING: frozenset(
-        {Status.PAUSED, Status.SUCCEEDED, Status.FAILED, Status.CANCELLING, Status.QUEUED}
-    ),
+    Status.PAUSING: frozenset({Status.PAUSED, Status.SUCCEEDED, Status.FAILED, Status.CANCELLING}),
     Status.PAUSED: frozenset({Status.QUEUED, Status.CANCELLED}),
     Status.SUCCEEDED: frozenset(),
     Status.FAILED: frozenset(),

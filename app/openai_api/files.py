@@ -100,7 +100,7 @@ async def create_file(
     upload: Annotated[Upload, Depends(uploaded)], session: WriteSession, request: Request
 ) -> File:
     """The same bytes under the same name are the same file, so a retry makes no second one."""
-    dataset, is_new = await DatasetService(session).keep(upload)
+    dataset, is_new = await DatasetService(session).keep(upload, request.state.settings)
     note_change(request, dataset.id if is_new else None)
     return _present(dataset)
 

@@ -1,7 +1,6 @@
 """``/v1/fine_tuning/jobs``: the jobs of this service, as OpenAI's clients ask for them."""
 
 import re
-from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, BackgroundTasks, Depends, Header, Query, Request, Response
@@ -16,14 +15,13 @@ from app.errors import (
     InvalidRequest,
     JobNotFound,
     MalformedBody,
-    MethodNotAllowed,
     TooLarge,
     Unauthenticated,
     UnsupportedMediaType,
 )
 from app.faults import Fault
 from app.jobs.endpoints import IdempotencyKey, Reading, Writing
-from app.jobs.schemas import LABEL_NAME, Job
+from app.jobs.schemas import LABEL_NAME
 from app.openai_api.creation import native
 from app.openai_api.errors import bad_cursor, refusals
 from app.openai_api.ids import number_of
@@ -176,7 +174,7 @@ async def cancel_fine_tuning_job(fine_tuning_job_id: str, jobs: Writing) -> Fine
 )
 async def pause_fine_tuning_job(fine_tuning_job_id: str, jobs: Writing) -> FineTuningJob:
     """Repeatable. A running job is `pausing` until its trainer has written a checkpoint."""
-    job = await _native(jobs, "pause")(fine_tuning_job_id)
+    job = await jobs.pause(fine_tuning_job_id)
     return present_job(await jobs.row(job.id))
 
 
@@ -189,7 +187,7 @@ async def resume_fine_tuning_job(
     fine_tuning_job_id: str, jobs: Writing, request: Request, background: BackgroundTasks
 ) -> FineTuningJob:
     """Repeatable. It goes on from its last checkpoint."""
-    job = await _native(jobs, "resume")(fine_tuning_job_id)
+    job = await jobs.resume(fine_tuning_job_id)
     _wake(request, background)
     return present_job(await jobs.row(job.id))
 
@@ -253,14 +251,6 @@ async def list_fine_tuning_checkpoints(
         last_id=checkpoints[-1].id if checkpoints else None,
         has_more=len(rows) > len(shown),
     )
-
-
-def _native(jobs: object, name: str) -> Callable[[str], Awaitable[Job]]:
-    """A method of the service that may not be here yet."""
-    found: Callable[[str], Awaitable[Job]] | None = getattr(jobs, name, None)
-    if found is None:
-        raise MethodNotAllowed(f"This version cannot {name} a job.", "Cancel it instead.")
-    return found
 
 
 def _wake(request: Request, background: BackgroundTasks) -> None:

@@ -1,12 +1,11 @@
 """``/v1/models``: base models that a job may name, and finished adapters."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
 
 from fastapi import APIRouter, BackgroundTasks, Request
 
 from app.db import ReadSession
-from app.errors import Forbidden, IllegalTransition, JobNotFound, MethodNotAllowed, Unauthenticated
+from app.errors import Forbidden, IllegalTransition, JobNotFound, Unauthenticated
 from app.ids import is_id
 from app.jobs import endpoints as native
 from app.jobs.endpoints import Reading, Writing
@@ -85,7 +84,7 @@ async def delete_openai_model(
 ) -> ModelDeleted:
     if is_id(model, "job"):
         await _adapter(model, jobs)
-        await _delete()(model, jobs, request, background)
+        await native.delete_job(model, jobs, request, background)
         return ModelDeleted(id=model)
     if await asyncio.to_thread(_base, model, request.state.settings):
         raise BaseModelStays(f"{model!r} is a base model.", "Adapters alone are deleted.")
@@ -100,13 +99,3 @@ async def _adapter(job_id: str, jobs: JobService) -> Model:
     if not has_adapter(row) or not row.finished_at:
         raise ModelNotFound(job_id)
     return Model(id=row.id, created=unix(row.finished_at), owned_by=row.project)
-
-
-def _delete() -> Callable[..., Awaitable[None]]:
-    """The native route, which also sees to the files; it may not be here yet."""
-    found: Callable[..., Awaitable[None]] | None = getattr(native, "delete_job", None)
-    if found is None:
-        raise MethodNotAllowed(
-            "This version cannot delete an adapter.", "FLATLORA_KEEP_JOBS_DAYS removes old ones."
-        )
-    return found

@@ -9,7 +9,6 @@ from openai.types.fine_tuning import FineTuningJob
 
 from app.db import now
 from app.ids import new_id
-from app.jobs.service import JobService
 from app.jobs.states import Phase, Reason, Status
 from tests.app.openai_client import client_of, row, upload
 from tests.app.service import Json, Service, ok
@@ -263,7 +262,6 @@ class TestStop:
         for _ in range(2):
             assert openai.fine_tuning.jobs.cancel(job.id).status == "cancelled"
 
-    @pytest.mark.skipif(not hasattr(JobService, "pause"), reason="jobs cannot be paused yet")
     def test_a_job_is_paused_and_goes_on(self, openai: OpenAI) -> None:
         job = create(openai)
         for _ in range(2):
@@ -272,7 +270,6 @@ class TestStop:
         for _ in range(2):
             assert openai.fine_tuning.jobs.resume(job.id).status == "queued"
 
-    @pytest.mark.skipif(not hasattr(JobService, "delete"), reason="jobs cannot be deleted yet")
     def test_an_adapter_is_deleted_with_its_job(self, openai: OpenAI, service: Service) -> None:
         job_id = service.finished()["id"]
         assert openai.models.delete(job_id).deleted is True

@@ -294,7 +294,10 @@ class Cluster:
         return items
 
     def cancel(self, job_id: str) -> httpx2.Response:
-        return self.api.http.post(f"/jobs/{job_id}/cancel")
+        return self.ask(job_id, "cancel")
+
+    def ask(self, job_id: str, what: Literal["cancel", "pause", "resume"]) -> httpx2.Response:
+        return self.api.http.post(f"/jobs/{job_id}/{what}")
 
     def _get(self, path: str) -> Json:
         response = self.api.http.get(path)

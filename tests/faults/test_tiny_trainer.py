@@ -121,9 +121,13 @@ class TestUnbroken:
         assert [message["step"] for message in of_kind(messages, "held_out")] == [0, 20, 30]
         phases = [message["name"] for message in of_kind(messages, "phase")]
         assert phases[:3] == ["validating", "loading", "training"]
-        assert events(messages) == [
-            ("job.checkpoint", {"step": step}) for step in range(5, STEPS + 1, 5)
+        steps = range(5, STEPS + 1, 5)
+        told = events(messages)
+        assert [(type_, data["step"]) for type_, data in told] == [
+            ("job.checkpoint", step) for step in steps
         ]
+        assert [data["kept"] for _, data in told] == [[5], *([n, n - 5] for n in steps[1:])]
+        assert all(data["verified"] and data["size"] > 100 for _, data in told)
         assert len(of_kind(messages, "preflight")) == 1
 
     def test_its_texts_and_names_are_those_of_the_real_checkpoints(self) -> None:

@@ -126,8 +126,14 @@ class Checkpoints:
         failpoint(Point.CHECKPOINT_RENAMED)
         for old in self._complete()[KEPT:]:
             shutil.rmtree(old)
+        is_verified = self._problem_of(final) is None
         self._reporter.event(
-            "job.checkpoint", f"Checkpoint after step {state.step}.", step=state.step
+            "job.checkpoint",
+            f"Checkpoint after step {state.step}.",
+            step=state.step,
+            size=sum(path.stat().st_size for path in final.iterdir()),
+            verified=is_verified,
+            kept=[int(path.name.removeprefix("ckpt-")) for path in self._complete()],
         )
 
     def restore(self) -> State | None:

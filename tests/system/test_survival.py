@@ -91,6 +91,31 @@ class TestKilledService:
         assert service.dispatcher() != dispatcher
 
 
+class TestPausedJob:
+    def test_it_holds_nothing_and_goes_on_to_a_byte_identical_adapter(
+        self, service: Service, body: Json, expected: dict[str, str]
+    ) -> None:
+        job_id = service.submit(body)
+        step = service.wait_for(job_id, lambda job: job["step"] >= 12)["step"]
+        with service.http as http:
+            assert http.post(f"/jobs/{job_id}/pause").json()["status"] == "pausing"
+        paused = service.wait_for(job_id, lambda job: job["status"] == "paused", seconds=20)
+        assert not service.trainers()
+        service.finish(service.submit({**body, "dry_run": True}))  # the slot is free
+        with service.http as http:
+            assert http.post(f"/jobs/{job_id}/resume").json()["status"] == "queued"
+        job = service.finish(job_id)
+        assert job["attempt"] == 1
+        assert hashes(job) == expected
+        with service.http as http:
+            events = http.get(f"/jobs/{job_id}/events").json()["items"]
+        types = [event["type"] for event in events if event["type"].startswith("job.paus")]
+        assert types == ["job.pausing", "job.paused"]
+        resumed = [event["data"] for event in events if event["type"] == "job.resumed"]
+        assert resumed == [{}, {"step": paused["step"]}]
+        assert paused["step"] >= step
+
+
 class TestStoppedService:
     def test_it_drains_to_a_checkpoint_and_goes_on_from_there(
         self, service: Service, body: Json, expected: dict[str, str]

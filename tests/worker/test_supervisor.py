@@ -2,15 +2,18 @@
 
 import itertools
 import json
+import re
 import signal
 import threading
 from pathlib import Path
 
 import pytest
-from sqlalchemy import Engine
+from sqlalchemy import Engine, select
+from sqlalchemy.orm import Session
 
 from app.jobs.states import Reason, Status
 from app.settings import Settings
+from app.tables import LogRow
 from tests.worker.jobs import add_job, event_types, make_spec, row
 from worker import supervisor
 from worker.slot import Bench, Slot
@@ -106,3 +109,14 @@ class TestTrainerThatIsKilled:
         job = row(engine, job_id)
         assert (job.status, job.reason) == (Status.FAILED, Reason.HOST_OUT_OF_MEMORY)
         assert "SIGKILL" in (job.message or "")
+
+
+def test_what_the_trainer_has_printed_comes_with_its_end(
+    engine: Engine, settings: Settings, job_id: str
+) -> None:
+    attempt(settings, Told())
+    attempt(settings, Told())
+    with Session(engine) as session:
+        lines = session.scalars(select(LogRow.text).order_by(LogRow.seq)).all()
+    told = [fence for line in lines for fence in re.findall(r'"FLATLORA_FENCE": "(\d)"', line)]
+    assert told == ["1", "2"], "each attempt prints its environment, and none of it comes twice"

@@ -108,12 +108,19 @@ class Checkpoints:
         partial.rename(final)
         sync(self._folder)
         failpoint(Point.CHECKPOINT_RENAMED)
-        for old in self._complete()[KEPT:]:
-            shutil.rmtree(old, ignore_errors=True)
+        is_verified = all(sha256_of(final / name) == value for name, value in hashes.items())
+        if is_verified:  # else the one before it is the newest that can be trusted
+            for old in self._complete()[KEPT:]:
+                shutil.rmtree(old, ignore_errors=True)
         for torn in self._folder.glob("*.tmp"):
             shutil.rmtree(torn, ignore_errors=True)
         self._reporter.event(
-            "job.checkpoint", f"Checkpoint after step {state.step}.", step=state.step
+            "job.checkpoint",
+            f"Checkpoint after step {state.step}.",
+            step=state.step,
+            size=sum(path.stat().st_size for path in final.iterdir()),
+            verified=is_verified,
+            kept=[int(path.name.removeprefix("ckpt-")) for path in self._complete()],
         )
 
     def newest(self) -> Checkpoint | None:

@@ -8,13 +8,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import SafetensorError
 
+from app.failpoints import Point
 from tests.worker.training.canary import pickled
 from tests.worker.training.conftest import MARKED, Recorder, folder_bytes, make_tokenizer
 from tests.worker.training.killing import describe, kill_at_random
+from worker.training import checkpoints
 from worker.training.checkpoints import MANIFEST
 from worker.training.config import TrainingJob
 from worker.training.errors import Stopped
@@ -45,6 +48,19 @@ def finish(job: TrainingJob, folder: Path) -> Recorder:
     recorder = Recorder()
     run(job, folder, recorder, recorder)
     return recorder
+
+
+class Telling(Recorder):
+    """Keeps what is said of checkpoints."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.checkpoints: list[dict[str, Any]] = []
+
+    def event(self, type_: str, message: str, **data: Any) -> None:
+        super().event(type_, message, **data)
+        if type_ == "job.checkpoint":
+            self.checkpoints.append(data)
 
 
 class TestDrained:
@@ -159,6 +175,35 @@ class TestCheckpoints:
         shutil.copytree(checkpoints / "ckpt-000000005", checkpoints / "ckpt-000000006.tmp")
         assert finish(job, folder).steps[0]["step"] == 6
         assert folder_bytes(folder / "adapter") == unbroken
+
+    def test_each_is_told_with_its_size_and_those_that_are_there(
+        self, job: TrainingJob, tmp_path: Path
+    ) -> None:
+        told = Telling()
+        run(job, tmp_path, told, told)
+        assert [data["step"] for data in told.checkpoints] == [2, 4, 6, 8]
+        assert [data["kept"] for data in told.checkpoints] == [[2], [4, 2], [6, 4], [8, 6]]
+        assert all(data["verified"] for data in told.checkpoints)
+        files = (tmp_path / "checkpoints" / "ckpt-000000008").iterdir()
+        assert told.checkpoints[-1]["size"] == sum(path.stat().st_size for path in files)
+
+    def test_one_that_reads_back_otherwise_is_told_and_those_before_it_stay(
+        self, job: TrainingJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        damaged: list[Path] = []
+
+        def damage_the_third(point: Point) -> None:
+            path = tmp_path / "checkpoints" / "ckpt-000000006" / "optimizer.safetensors"
+            if point is Point.CHECKPOINT_RENAMED and path.exists() and not damaged:
+                damage(path)
+                damaged.append(path)
+
+        monkeypatch.setattr(checkpoints, "failpoint", damage_the_third)
+        told = Telling(stop=(6, "drain"))
+        with pytest.raises(Stopped):
+            run(job, tmp_path, told, told)
+        assert [data["verified"] for data in told.checkpoints] == [True, True, False, True]
+        assert [data["kept"] for data in told.checkpoints[2:]] == [[6, 4, 2], [6, 4]]
 
     def test_the_newest_two_are_kept(self, job: TrainingJob, tmp_path: Path) -> None:
         finish(job, tmp_path)
