@@ -32,6 +32,7 @@ from app.middleware import BodyLimit, RequestLog, SameSite
 from app.models import endpoints as models
 from app.models.catalogue import Catalogue
 from app.openai_api import endpoints as openai_api
+from app.openai_api.errors import refusals
 from app.openapi import describe
 from app.periodic import Periodic
 from app.quotas import endpoints as quotas
@@ -174,7 +175,7 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(
             routes.router,
             dependencies=[Depends(require_access)],
-            responses={429: problems(RateLimited)[429]},
+            responses={429: (refusals if routes is openai_api else problems)(RateLimited)[429]},
         )
     app.add_middleware(UploadsEndWithTheirKey)
     app.add_middleware(

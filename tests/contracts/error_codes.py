@@ -15,6 +15,7 @@ POSITIONS = {"UriError": 0, "_refused": 2}
 BY_SENTENCE = "a failed job's message, or an attempt of a delivery, tells it in a sentence"
 NEVER_ANSWERED = {
     "conflict": "a class above others",
+    "too_many_requests": "a class above others",
     "redirect_not_allowed": BY_SENTENCE,
     "host_not_found": BY_SENTENCE,
     "connection_failed": BY_SENTENCE,

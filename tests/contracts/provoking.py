@@ -72,6 +72,19 @@ def by_another_name(service: Service) -> Answer:
     return service.http.get("/jobs", headers={"Host": "evil.example"})
 
 
+@entries.add("rate_limited", 429, failed_keys_per_minute=1)
+def another_wrong_key(service: Service) -> Answer:
+    for _ in range(2):
+        answer = service.http.get("/jobs", headers={"Authorization": "Bearer flk_wrong"})
+    return answer
+
+
+@entries.add("quota_exceeded", 429, max_queued_jobs=1)
+def one_job_too_many(service: Service) -> Answer:
+    service.submit()
+    return service.post(service.body)
+
+
 # What is not here
 
 for code, method, path in [

@@ -23,10 +23,12 @@ ELSEWHERE = {
     "test_every_route_says_so_and_all_work_again_when_it_is_back",
     "store_unavailable": "app/test_s3.py::TestOutage::"
     "test_what_needs_the_store_is_told_to_come_again",
+    "issuer_unavailable": "app/test_oidc.py::TestIssuer::"
+    "test_when_it_is_away_known_keys_go_on_and_others_are_told_to_come_again",
     "unreachable": "app/test_command_line.py::TestJson::test_no_service_is_an_error_too",
 }
-"""Codes that need a database or a store that goes away, or that no request meets: the tests, below
-tests/, that provoke them."""
+"""Codes that need something to go away (a database, a store, an issuer), or that no request meets,
+and the tests, below tests/, that provoke them."""
 
 REASONS = {
     Reason.DATASET_INVALID: "system/test_job.py::TestFailedJob::"
