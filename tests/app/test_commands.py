@@ -240,7 +240,7 @@ class TestTheRest:
         quota = {"running": {"used": 1, "allowed": 4}, "queued": {"used": 0, "allowed": None}}
         peer.answer("GET /quota", quota)
         assert printed(flatlora("quota", "--json")) == quota
-        assert ["running.limit", "4"] in [
+        assert ["running.allowed", "4"] in [
             line.split() for line in shown(flatlora("quota")).splitlines()
         ]
         event = {"id": 7, "action": "create_job", "actor": "ci", "object": JOB, "request_id": "r"}
