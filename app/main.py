@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, TypedDict
 
-from fastapi import Depends, FastAPI
+from fastapi import APIRouter, Depends, FastAPI
 
 from app import __version__, health, metrics
 from app.access import endpoints as keys
@@ -24,7 +24,7 @@ from app.datasets import upload_endpoints as uploads
 from app.datasets.resumable import Joins
 from app.datasets.uploads import forget_broken
 from app.db import ANSWER_SECONDS, Database, make_engine
-from app.errors import RateLimited, install_error_handlers, problems
+from app.errors import RateLimited, Responses, install_error_handlers, problems
 from app.jobs import endpoints as jobs
 from app.jobs import record_endpoints as records
 from app.logs import configure_logs
@@ -170,13 +170,10 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(metrics.router)
     for routes in (
         jobs, records, adapters, adapter_list, datasets, uploads, models, workers, webhooks, keys,
-        audit, quotas, openai_api,
+        audit, quotas,
     ):  # fmt: skip
-        app.include_router(
-            routes.router,
-            dependencies=[Depends(require_access)],
-            responses={429: (refusals if routes is openai_api else problems)(RateLimited)[429]},
-        )
+        _include(app, routes.router, problems(RateLimited))
+    _include(app, openai_api.router, refusals(RateLimited))
     app.add_middleware(UploadsEndWithTheirKey)
     app.add_middleware(
         BodyLimit,
@@ -188,6 +185,12 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestLog, metrics=numbers)
     describe(app)
     return app
+
+
+def _include(app: FastAPI, router: APIRouter, limited: Responses) -> None:
+    """Routes that ask who is there; any of them may answer that it was asked too often."""
+    responses: Responses = {429: limited[429]}
+    app.include_router(router, dependencies=[Depends(require_access)], responses=responses)
 
 
 def make_app() -> FastAPI:

@@ -21,13 +21,14 @@ from sqlalchemy.orm import Session
 from app.access.principal import Role
 from app.db import now
 from app.jobs.states import Status
-from app.tables import EventRow
+from app.tables import EventRow, WebhookDeliveryRow
 from tests.app.conftest import make_settings, serve
 from tests.app.keys import acting, bearer, make_key
 from tests.app.service import Json, Service, ok
 from tests.contracts.openapi import document
 
 CANARY = "canary-of-theirs"
+DELIVERY = f"msg_{0:031x}1"
 BYTES = f'{{"text": "{CANARY}"}}\n'.encode()
 ROWS = {"Content-Type": "application/x-ndjson"}
 PARAMETER = re.compile(r"\{([a-z0-9_]+)\}")
@@ -45,7 +46,14 @@ WRITES: dict[str, str] = {
     "POST /jobs": "test_a_job_cannot_be_trained_on_their_dataset",
     "POST /datasets": "test_their_bytes_are_a_dataset_of_ones_own",
     "POST /keys": "tests/app/test_keys.py: keys of no other project",
+    "POST /v1/files": "as POST /datasets",
+    "POST /v1/fine_tuning/jobs": "test_nor_by_openais_paths",
+    "POST /webhooks/secret": "names nothing",
+    "POST /webhooks/test": "names nothing",
 }
+
+# Looking changes them: when a key was last used, and who has read a secret.
+MOVING = {"GET /keys", "GET /audit"}
 
 # Names of one's own, which another project may use as well.
 OWN_NAMES = {
@@ -107,11 +115,13 @@ class House:
         with Session(self.service.engine) as session, session.begin():
             told = {"job_id": job["id"], "seq": 99, "type": "x", "message": CANARY, "data": {}}
             session.execute(insert(EventRow).values(at=now(), **told))
+            session.add(delivery(job["id"]))
         self.by_name = {
             "job_id": [job["id"], waiting["id"]],
             "dataset_id": [self.dataset["id"]],
             "sha256": [self.dataset["sha256"]],
             "key_id": [key["id"]],
+            "delivery_id": [DELIVERY],
             "file": [job["adapter"]["files"][0]["name"]],
         }
         self.secrets = [CANARY, job["id"], waiting["id"], self.dataset["id"], key["id"]]
@@ -152,11 +162,20 @@ class House:
         """All that their own key is shown of it."""
         shown = {}
         for operation in OPERATIONS:
-            if operation.method != "GET" or str(operation) == "GET /keys":
-                continue  # keys tell when they were last used
+            if operation.method != "GET" or str(operation) in MOVING:
+                continue
             for path in self.foreign(operation) if operation.parameters else [operation.path]:
                 shown[path] = without_request_id(self.ask(operation, path, self.theirs).text)
         return shown
+
+
+def delivery(job_id: str) -> WebhookDeliveryRow:
+    """Of theirs, and over."""
+    return WebhookDeliveryRow(
+        project="theirs", job_id=job_id, seq=99, id=DELIVERY, type="job.succeeded",
+        url=f"https://{CANARY}.example", host=f"{CANARY}.example:443", body="{}",
+        state="delivered", attempts=[], give_up_at=now(), created_at=now(),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -222,7 +241,7 @@ def test_a_list_never_shows_a_foreign_row(house: House, operation: Operation, ro
     for query in [*operation.queries, "label.of"]:
         for secret in house.secrets:
             answer = house.ask(operation, operation.path, house.mine[role], params={query: secret})
-            assert answer.status_code in {200, 403, 422}, answer.text
+            assert answer.status_code in {200, 400, 403, 422}, answer.text
             if answer.status_code == 200:
                 assert [found for found in house.secrets if found in answer.text] == []
 
@@ -237,6 +256,20 @@ def test_a_job_cannot_be_trained_on_their_dataset(house: House) -> None:
     with acting(house.service, house.mine[Role.ADMIN]):
         for wrong in ({"dataset_uri": theirs}, {"evaluation": {"validation_uri": theirs}}):
             assert house.service.refused(house.service.body | wrong)["code"] == "dataset_not_found"
+
+
+def test_nor_by_openais_paths(house: House) -> None:
+    theirs = f"file-{house.dataset['id'].removeprefix('ds_')}"
+    with acting(house.service, house.mine[Role.ADMIN]) as http:
+        model = house.service.body["base_model"]
+        body = {"model": model, "training_file": theirs}
+        answer = http.post("/v1/fine_tuning/jobs", json=body)
+        nobodys = http.post(
+            "/v1/fine_tuning/jobs", json=body | {"training_file": "file-" + "0" * 32}
+        )
+        assert answer.status_code == nobodys.status_code
+        assert answer.status_code in {400, 404}
+        assert answer.json()["error"]["code"] == nobodys.json()["error"]["code"]
 
 
 def test_their_bytes_are_a_dataset_of_ones_own(house: House) -> None:
