@@ -43,6 +43,12 @@ class Entries:
 
 
 entries = Entries()
+
+
+def asking(method: str, path: str) -> Provoke:
+    return lambda service: service.http.request(method, path)
+
+
 # Who is asking
 
 
@@ -74,9 +80,9 @@ def by_another_name(service: Service) -> Answer:
 
 @entries.add("rate_limited", 429, failed_keys_per_minute=1)
 def another_wrong_key(service: Service) -> Answer:
-    for _ in range(2):
-        answer = service.http.get("/jobs", headers={"Authorization": "Bearer flk_wrong"})
-    return answer
+    wrong = {"Authorization": "Bearer flk_wrong"}
+    service.http.get("/jobs", headers=wrong)
+    return service.http.get("/jobs", headers=wrong)
 
 
 @entries.add("quota_exceeded", 429, max_queued_jobs=1)
@@ -98,9 +104,7 @@ for code, method, path in [
     ("file_not_found", "GET", f"/v1/files/file-{NOBODY}"),
     ("model_not_found", "GET", "/v1/models/none"),
 ]:
-    entries.add(code, 404)(
-        lambda service, method=method, path=path: service.http.request(method, path)
-    )
+    entries.add(code, 404)(asking(method, path))
 
 
 @entries.add("file_not_in_adapter", 404)

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
-from referencing import Registry, Resource
+from referencing import Registry
 from referencing.jsonschema import DRAFT202012
 
 from tests.contracts.openapi import document
@@ -13,9 +13,7 @@ from tests.contracts.openapi import document
 Json = dict[str, Any]
 DOCUMENT = document()
 ROOT = "urn:flatlora"
-REGISTRY: Registry[Any] = Registry().with_resource(
-    ROOT, Resource(contents=DOCUMENT, specification=DRAFT202012)
-)
+REGISTRY: Registry[Any] = Registry().with_resource(ROOT, DRAFT202012.create_resource(DOCUMENT))
 BODIES = ("JobCreate", "KeyCreate", "WebhookTest", "FineTuningJobCreate")
 
 
