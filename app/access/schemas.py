@@ -3,7 +3,7 @@
 from datetime import datetime, timedelta
 from typing import Annotated
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.access.principal import Role
 from app.jobs.schemas import Body
@@ -13,6 +13,12 @@ ProjectName = Annotated[str, Field(pattern=PROJECT_NAME)]
 
 
 class KeyCreate(Body):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"name": "nightly training", "role": "submitter", "expires_in_days": 90}]
+        }
+    )
+
     name: Annotated[str, Field(min_length=1, max_length=128)] = Field(
         description="Whose it is, or what for; the audit log says it."
     )

@@ -13,6 +13,7 @@ from rich.text import Text
 from app.cli.client import Json, connected
 from app.cli.options import AsJson, JobId
 from app.cli.output import INTERRUPTED, out, print_json, print_json_line
+from flatlora_client import Attempt
 
 Follow = Annotated[
     bool, typer.Option("--follow", "-f", help="Go on with what comes, until the job is over.")
@@ -118,11 +119,25 @@ def checkpoints(job_id: JobId, as_json: AsJson = False) -> None:
 def deliveries(job_id: JobId, as_json: AsJson = False) -> None:
     """Show the webhook messages of a job, and how they fared."""
     with connected(as_json=as_json) as client:
-        found = [delivery.raw for delivery in client.deliveries.list(job_id)]
+        found = client.deliveries.list(job_id)
     if as_json:
-        print_json({"items": found})
-    else:
-        show_table(found, "no messages were sent")
+        print_json({"items": [delivery.raw for delivery in found]})
+        return
+    table = Table("id", "event", "state", "attempts", "last answer", "next attempt", box=None)
+    for delivery in found:
+        table.add_row(
+            delivery.id,
+            str(delivery.event.get("type", "")),
+            delivery.state,
+            str(len(delivery.attempts)),
+            Text(_answered(delivery.attempts[-1]) if delivery.attempts else ""),
+            delivery.raw.get("next_attempt_at") or "",
+        )
+    out.print(table if found else "no messages were sent")
+
+
+def _answered(attempt: Attempt) -> str:
+    return attempt.error or str(attempt.status or "")
 
 
 def show_table(rows: list[Json], nothing: str) -> None:

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from app.jobs.schemas import Body
 from app.tables import WebhookDeliveryRow
@@ -46,6 +46,10 @@ class WebhookSecret(BaseModel):
 
 
 class WebhookTest(Body):
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"url": "https://hooks.example.com/flatlora"}]}
+    )
+
     url: Annotated[str, Field(min_length=1, max_length=2048)]
 
 

@@ -247,13 +247,30 @@ class AuditEvent(Answer):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
+class Attempt(Answer):
+    """One attempt to deliver a webhook's message."""
+
+    at: datetime | None = None
+    seconds: float | None = None
+    status: int | None = None
+    """None where there was no answer."""
+    error: str | None = None
+    excerpt: str | None = None
+    """The beginning of the answer."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Delivery(Answer):
     """A webhook's message, and how it fared."""
 
     id: str
-    status: str | None = None
-    event: str | None = None
-    attempts: int | None = None
+    state: str | None = None
+    """pending, delivered or failed."""
+    job_id: str | None = None
+    event: dict[str, Any] = field(default_factory=dict)
+    """Its seq and type."""
+    attempts: tuple[Attempt, ...] = ()
+    next_attempt_at: datetime | None = None
     created_at: datetime | None = None
 
 

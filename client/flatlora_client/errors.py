@@ -46,7 +46,7 @@ class APIError(FlatLoraError):
         """The whole of it; empty if the answer was none, as from a proxy."""
         self.detail = str(problem.get("detail") or problem.get("title") or f"HTTP {status}")
         self.code: str | None = problem.get("code")
-        """Stable, for programs: the guide lists them all."""
+        """Stable, for programs: docs/errors.md of the service explains each."""
         self.hint: str | None = problem.get("hint")
         self.errors: list[dict[str, Any]] = list(problem.get("errors") or [])
         """What is wrong in which field: ``pointer``, ``detail``, ``code``."""

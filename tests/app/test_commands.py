@@ -109,10 +109,19 @@ class TestJobs:
         assert last.split() == ["5", "1.25", "2.0", "kB", "yes", "no"]
 
     def test_its_messages(self, peer: Peer, flatlora: Run) -> None:
-        found = [{"id": "dlv_1", "status": "failed", "event": "job.succeeded", "attempts": 3}]
+        tried = {"at": "2026-11-27T08:00:00Z", "seconds": 0.1, "error": None, "excerpt": "no"}
+        found = [
+            {
+                "id": "msg_1", "job_id": JOB, "state": "failed",
+                "event": {"seq": 7, "type": "job.succeeded"},
+                "attempts": [{**tried, "status": 500}, {**tried, "status": 410}],
+                "next_attempt_at": None, "created_at": "2026-11-27T08:00:00Z",
+            }
+        ]  # fmt: skip
         peer.answer(f"GET /jobs/{JOB}/deliveries", {"items": found})
         assert printed(flatlora("jobs", "deliveries", JOB, "--json")) == {"items": found}
-        assert "dlv_1" in shown(flatlora("jobs", "deliveries", JOB))
+        last = shown(flatlora("jobs", "deliveries", JOB)).splitlines()[-1]
+        assert last.split() == ["msg_1", "job.succeeded", "failed", "2", "410"]
 
     def test_what_happens_is_told_while_it_is_watched(
         self, peer: Peer, flatlora: Run, job: Json
@@ -228,10 +237,10 @@ class TestTheRest:
             assert words in listed
 
     def test_quota_and_audit(self, peer: Peer, flatlora: Run) -> None:
-        quota = {"running": {"used": 1, "limit": 4}, "queued": {"used": 0, "limit": None}}
+        quota = {"running": {"used": 1, "allowed": 4}, "queued": {"used": 0, "allowed": None}}
         peer.answer("GET /quota", quota)
         assert printed(flatlora("quota", "--json")) == quota
-        assert ["running.limit", "4"] in [
+        assert ["running.allowed", "4"] in [
             line.split() for line in shown(flatlora("quota")).splitlines()
         ]
         event = {"id": 7, "action": "create_job", "actor": "ci", "object": JOB, "request_id": "r"}
@@ -245,13 +254,13 @@ class TestTheRest:
         peer.answer("POST /webhooks/test", {"status": 200})
         peer.answer("GET /webhooks/secret", {"secret": "whsec_old"})
         peer.answer("POST /webhooks/secret", {"secret": "whsec_new"})
-        peer.answer("POST /deliveries/dlv_1/retry", {"id": "dlv_1", "status": "pending"})
+        peer.answer("POST /deliveries/msg_1/retry", {"id": "msg_1", "state": "pending"})
         assert printed(flatlora("webhooks", "test", "https://a.example", "--json")) == {
             "status": 200
         }
         assert "whsec_old" in shown(flatlora("webhooks", "secret"))
         assert "whsec_new" in shown(flatlora("webhooks", "secret", "--rotate"))
-        assert printed(flatlora("webhooks", "retry", "dlv_1", "--json"))["status"] == "pending"
+        assert printed(flatlora("webhooks", "retry", "msg_1", "--json"))["state"] == "pending"
 
     def test_a_page_of_a_proxy_is_no_service(self, peer: Peer, flatlora: Run) -> None:
         peer.answer("GET /quota", [])

@@ -1,9 +1,9 @@
 """A trainer that does what its job's folder says, for tests of what stands around it.
 
 ``script.json``: ``{"says": [message, …], "then": "hang" | "deaf" | "exit", "code": 0}``, and with
-``"follows": true`` it dies with its supervisor. What it is sent goes into ``signals`` in the
-folder, a name and a time a line; ``hang`` ends as the real one does, with 75 for SIGTERM and 76 for
-SIGUSR1. Its environment is the last line of its log.
+``"follows": true`` it dies with its supervisor. A code below 0 is a signal that it dies of. What it
+is sent goes into ``signals`` in the folder, a name and a time a line; ``hang`` ends as the real one
+does, with 75 for SIGTERM and 76 for SIGUSR1. Its environment is the last line of its log.
 """
 
 import json
@@ -45,7 +45,10 @@ def main(folder: Path, descriptor: int) -> int:
             pipe.write(json.dumps(message) + "\n")
         while script["then"] != "exit":
             signal.pause()
-    return int(script.get("code", 0))
+    code = int(script.get("code", 0))
+    if code < 0:
+        os.kill(os.getpid(), -code)
+    return code
 
 
 if __name__ == "__main__":

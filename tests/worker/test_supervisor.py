@@ -1,7 +1,9 @@
 """One attempt at a job, with a trainer that does what it is told to."""
 
+import itertools
 import json
 import re
+import signal
 import threading
 from pathlib import Path
 
@@ -9,10 +11,11 @@ import pytest
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
-from app.jobs.states import Status
+from app.jobs.states import Reason, Status
 from app.settings import Settings
 from app.tables import LogRow
 from tests.worker.jobs import add_job, event_types, make_spec, row
+from worker import supervisor
 from worker.slot import Bench, Slot
 from worker.trainer import DRAINED
 from worker.watch import Draining
@@ -77,6 +80,35 @@ class TestTrainerThatHasDrainedUnasked:
     def test_is_one_where_it_was_not(self, engine: Engine, settings: Settings, job_id: str) -> None:
         attempt(settings, threading.Event())
         assert (row(engine, job_id).status, row(engine, job_id).attempt) == (Status.QUEUED, 1)
+
+
+class TestTrainerThatIsKilled:
+    """With SIGKILL, which says nothing of why: the kernel counts those that it kills for memory."""
+
+    @pytest.fixture
+    def settings(self, settings: Settings) -> Settings:
+        return settings.model_copy(update={"max_attempts": 1})
+
+    @pytest.fixture(autouse=True)
+    def killed(self, settings: Settings, job_id: str) -> None:
+        script = settings.work_dir / job_id / "script.json"
+        script.write_text(json.dumps({"then": "exit", "code": -signal.SIGKILL}))
+
+    def test_by_somebody_it_is_lost(self, engine: Engine, settings: Settings, job_id: str) -> None:
+        attempt(settings, threading.Event())
+        job = row(engine, job_id)
+        assert (job.status, job.reason) == (Status.FAILED, Reason.WORKER_LOST)
+
+    def test_for_the_machines_memory_it_is_told_so(
+        self, engine: Engine, settings: Settings, job_id: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """No test can make the kernel do it, so its count is told for it."""
+        counts = itertools.count()
+        monkeypatch.setattr(supervisor, "out_of_memory_kills", lambda: next(counts))
+        attempt(settings, threading.Event())
+        job = row(engine, job_id)
+        assert (job.status, job.reason) == (Status.FAILED, Reason.HOST_OUT_OF_MEMORY)
+        assert "SIGKILL" in (job.message or "")
 
 
 def test_what_the_trainer_has_printed_comes_with_its_end(
