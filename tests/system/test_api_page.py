@@ -23,7 +23,7 @@ BLOCK = re.compile(
 ON_DEMAND = pytest.mark.parametrize(
     "on_demand", [False, pytest.param(True, marks=pytest.mark.torture)]
 )
-"""Some blocks train once more, or load torch."""
+"""Some blocks need a trainer once more, or load torch."""
 TOOLS = ("bash", "curl", "jq", "sha256sum", "tar")
 
 
