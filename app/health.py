@@ -15,9 +15,10 @@ from app import __version__
 from app.broker_health import BrokerState
 from app.datasets.uris import schemes
 from app.db import Database
-from app.errors import NotReady, problems
+from app.errors import NotReady
 from app.jobs.schemas import MAX_RANK, MAX_SIGMA
 from app.migrate import head
+from app.problems import problems
 from app.settings import Settings
 from app.storage import ArtifactStore
 

@@ -24,7 +24,7 @@ from app.datasets import upload_endpoints as uploads
 from app.datasets.resumable import Joins
 from app.datasets.uploads import forget_broken
 from app.db import ANSWER_SECONDS, Database, make_engine
-from app.errors import RateLimited, Responses, install_error_handlers, problems
+from app.errors import RateLimited
 from app.jobs import endpoints as jobs
 from app.jobs import record_endpoints as records
 from app.logs import configure_logs
@@ -35,6 +35,7 @@ from app.openai_api import endpoints as openai_api
 from app.openai_api.errors import refusals
 from app.openapi import describe
 from app.periodic import Periodic
+from app.problems import Responses, install_error_handlers, problems
 from app.quotas import endpoints as quotas
 from app.quotas.limits import KnownLimits
 from app.settings import Settings, get_settings

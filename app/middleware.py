@@ -11,8 +11,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import CrossSite, HostNotAllowed, ServiceError, respond, too_large
+from app.errors import CrossSite, HostNotAllowed, ServiceError, too_large
 from app.metrics import Metrics
+from app.problems import respond
 from app.tracing import trace_id
 
 log = structlog.get_logger()

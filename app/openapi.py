@@ -5,8 +5,8 @@ from typing import Any
 from fastapi import FastAPI
 from pydantic.json_schema import models_json_schema
 
-from app.errors import Problem
 from app.faults import Fault
+from app.problems import Problem
 
 
 def describe(app: FastAPI) -> None:

@@ -10,8 +10,8 @@ from starlette.types import Receive, Scope, Send
 
 from app.adapters.content import Blob, Content
 from app.adapters.ranges import requested_range
-from app.errors import Responses
 from app.etags import names
+from app.problems import Responses
 
 DOWNLOAD: Responses = {
     200: {

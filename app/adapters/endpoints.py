@@ -16,11 +16,11 @@ from app.errors import (
     RangeNotSatisfiable,
     StoreUnavailable,
     Unauthenticated,
-    problems,
 )
 from app.jobs.schemas import Adapter, AdapterFile
 from app.jobs.service import JobService
 from app.jobs.states import Status
+from app.problems import problems
 
 router = APIRouter(prefix="/jobs", tags=["adapters"])
 

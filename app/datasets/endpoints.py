@@ -32,9 +32,9 @@ from app.errors import (
     TooLarge,
     Unauthenticated,
     UnsupportedMediaType,
-    problems,
 )
 from app.faults import Fault
+from app.problems import problems
 from app.quotas.service import check_room
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])

@@ -24,13 +24,7 @@ from app.datasets.service import DatasetService, present
 from app.datasets.upload_repository import UploadRepository
 from app.datasets.uploads import Upload, check_size, safe_filename, spooled
 from app.db import transaction, write_down
-from app.errors import (
-    HashMismatch,
-    OffsetMismatch,
-    TooLarge,
-    UploadMismatch,
-    UploadNotFound,
-)
+from app.errors import HashMismatch, OffsetMismatch, TooLarge, UploadMismatch, UploadNotFound
 from app.quotas.service import check_room
 from app.settings import Settings
 from app.storage import ArtifactStore, Changed, Damaged

@@ -18,15 +18,14 @@ from app.errors import (
     OffsetMismatch,
     QuotaExceeded,
     RateLimited,
-    Responses,
     StoreUnavailable,
     TooLarge,
     Unauthenticated,
     UnsupportedMediaType,
     UploadMismatch,
     UploadNotFound,
-    problems,
 )
+from app.problems import Responses, problems
 
 router = APIRouter(prefix="/datasets/uploads/{sha256}", tags=["datasets"])
 

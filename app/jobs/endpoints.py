@@ -28,7 +28,6 @@ from app.errors import (
     TooLarge,
     Unauthenticated,
     UnsupportedMediaType,
-    problems,
 )
 from app.etags import names
 from app.faults import Fault
@@ -44,6 +43,7 @@ from app.jobs.schemas import (
 from app.jobs.service import JobService
 from app.jobs.states import Status
 from app.periodic import Periodic
+from app.problems import problems
 from app.storage import ArtifactStore, Outage
 
 log = structlog.get_logger()

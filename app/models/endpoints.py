@@ -2,8 +2,9 @@
 
 from fastapi import APIRouter, Request
 
-from app.errors import Unauthenticated, problems
+from app.errors import Unauthenticated
 from app.models.schemas import Limits, ModelList
+from app.problems import problems
 from app.settings import Settings
 
 router = APIRouter(prefix="/models", tags=["models"])

@@ -1,8 +1,9 @@
 """What a route under ``/v1`` refuses, and how its OpenAPI says so."""
 
-from app.errors import TITLES, Conflict, InvalidRequest, NotFound, Responses, ServiceError
+from app.errors import Conflict, InvalidRequest, NotFound, ServiceError
 from app.faults import Fault
 from app.openai_api.shape import ErrorAnswer, code_for, status_for
+from app.problems import TITLES, Responses
 
 
 class FileNotFound(NotFound):

@@ -1,6 +1,6 @@
-"""The shape of an error under ``/v1``: OpenAI's. Used where errors become answers (app/errors.py).
+"""The shape of an error under ``/v1``: OpenAI's. Used where errors become answers (app/problems.py).
 
-Imports nothing of this service: app/errors.py imports this.
+Imports nothing of this service: app/problems.py imports this.
 """
 
 from collections.abc import Mapping, Sequence

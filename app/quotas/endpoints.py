@@ -5,7 +5,8 @@ from sqlalchemy import select
 
 from app.access.dependencies import Asking
 from app.db import ReadSession
-from app.errors import Unauthenticated, problems
+from app.errors import Unauthenticated
+from app.problems import problems
 from app.quotas import usage
 from app.quotas.limits import limits_of
 from app.quotas.schemas import Quota, QuotaCount, QuotaMinutes

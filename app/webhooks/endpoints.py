@@ -19,7 +19,6 @@ from app.errors import (
     JobNotFound,
     Unauthenticated,
     WebhookSecretUnreadable,
-    problems,
 )
 from app.faults import Fault
 from app.ids import is_id, new_id
@@ -27,6 +26,7 @@ from app.jobs.repository import JobRepository
 from app.net.errors import NetError
 from app.net.rules import Rules
 from app.net.urls import check_url
+from app.problems import problems
 from app.tables import WebhookDeliveryRow, WebhookSecretRow
 from app.webhooks.backoff import GIVE_UP_SECONDS
 from app.webhooks.notices import payload

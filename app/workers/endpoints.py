@@ -4,8 +4,9 @@ from fastapi import APIRouter, Request
 from sqlalchemy import select
 
 from app.db import ReadSession, now
-from app.errors import Unauthenticated, problems
+from app.errors import Unauthenticated
 from app.jobs.states import Status
+from app.problems import problems
 from app.tables import JobRow, WorkerRow
 from app.workers.schemas import Slot, Worker, WorkerList
 

@@ -85,8 +85,8 @@ class TestStart:
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         )
         base = {
-            "app.devices", "app.errors", "app.faults", "app.objects", "app.openai_api",
-            "app.openai_api.shape", "app.settings", "app.sources", "app.storage", "app.uris",
+            "app.devices", "app.errors", "app.faults", "app.objects", "app.settings", "app.sources",
+            "app.storage", "app.uris",
         }  # fmt: skip
         assert set(json.loads(done.stdout)) == base
 
