@@ -1,4 +1,4 @@
-"""The shape of an error under ``/v1``: OpenAI's. Used where errors become answers (app/problems.py).
+"""The shape of an error under ``/v1``: OpenAI's. Used in app/problems.py.
 
 Imports nothing of this service: app/problems.py imports this.
 """
