@@ -174,7 +174,10 @@ class TestDelete:
             )
         response = delete(any_service, job_id)
         assert (response.status_code, response.content) == (204, b"")
-        assert rows(any_service) == before
+        after = rows(any_service)
+        assert after.pop("usage") == 1, "its project is still charged for it"
+        assert after.pop("audit_events") > before.pop("audit_events")
+        assert after == before
         assert any_service.store.manifest(job_id) is None
         ok(any_service.http.get(f"/jobs/{job_id}"), 404)
         ok(any_service.http.get(f"/jobs/{job_id}/adapter"), 404)
