@@ -194,7 +194,7 @@ def respond(scope: Scope, error: ServiceError, *, status: int | None = None) -> 
     status = status or error.status
     if is_openai(scope):
         status = status_for(status)
-        headers = {**error.headers, **headers_for(status)}
+        headers = {**error.headers, **headers_for(status, error.code)}
         return _AsciiResponse(openai_error(error, status), status, headers=headers)
     problem = {
         "type": "about:blank",

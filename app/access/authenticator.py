@@ -116,8 +116,11 @@ class Authenticator:
         asked_at = self._valid_ids.get(principal.key_id, float("-inf"))
         if time.monotonic() - asked_at < STILL_SECONDS:
             return True
-        async with self._database.unscoped() as session:
-            is_valid = await _valid_key(session, principal.key_id) is not None
+        try:
+            async with asyncio.timeout(STILL_SECONDS), self._database.unscoped() as session:
+                is_valid = await _valid_key(session, principal.key_id) is not None
+        except (DatabaseUnavailable, TimeoutError):
+            return True  # nobody can revoke it meanwhile either; the next turn asks again
         if is_valid:
             _remember(self._valid_ids, principal.key_id, time.monotonic())
         return is_valid

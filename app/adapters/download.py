@@ -1,13 +1,16 @@
 """Answering for a download: whole, in part, elsewhere, or not at all as the client has it."""
 
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from urllib.parse import quote
 
 from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from app.access.streams import CHECK_SECONDS, still_allowed
 from app.adapters.content import Blob, Content
 from app.adapters.ranges import requested_range
 from app.etags import names
@@ -70,10 +73,21 @@ def answer(request: Request, content: Content) -> Response:
     status = 206 if wanted else 200
 
     async def stream() -> Response:
-        chunks = await content.open(request.state.store, start, end)
+        chunks = _while_allowed(request, await content.open(request.state.store, start, end))
         return StreamingResponse(chunks, status, headers=headers, media_type=content.media_type)
 
     return FromStore(stream)
+
+
+async def _while_allowed(request: Request, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """To the end, or until the key is revoked: then only a cut connection can tell."""
+    checked = time.monotonic()
+    async for chunk in chunks:
+        if time.monotonic() - checked > CHECK_SECONDS:
+            if not await still_allowed(request):
+                raise ClientDisconnect
+            checked = time.monotonic()
+        yield chunk
 
 
 def _redirected(request: Request, content: Content) -> Blob | None:

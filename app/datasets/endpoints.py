@@ -1,6 +1,7 @@
 """The routes of datasets."""
 
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Query, Request, Response
@@ -21,7 +22,7 @@ from app.datasets.uploads import (
     refuse_encoding,
     safe_filename,
 )
-from app.db import ReadSession, WriteSession, note_change
+from app.db import ReadSession, WriteSession, note_change, transaction
 from app.errors import (
     DatasetInUse,
     DatasetNotFound,
@@ -35,7 +36,7 @@ from app.errors import (
 )
 from app.faults import Fault
 from app.problems import problems
-from app.quotas.service import check_room
+from app.quotas.service import Quotas, check_room
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
 
@@ -80,6 +81,7 @@ class UploadQuery(BaseModel):
 async def received(request: Request, query: Annotated[UploadQuery, Query()]) -> Upload:
     """The upload, stored, before a transaction is begun."""
     state, headers = request.state, request.headers
+    admit = partial(_admit, request)
     refuse_encoding(headers)
     digests = announced(headers, WHOLE, CONTENT)  # one and the same without an encoding
     expected = digests | ({query.sha256} if query.sha256 else set())
@@ -92,12 +94,18 @@ async def received(request: Request, query: Annotated[UploadQuery, Query()]) -> 
             check_size(file.size or 0, state.settings)
             await check_room(request, file.size or 0)
             name = safe_filename(query.filename or file.filename or "", file.content_type or "")
-            return await receive(_chunks(file), name, expected, state.settings, state.store)
+            return await receive(_chunks(file), name, expected, state.settings, state.store, admit)
     given = query.filename or disposition_filename(headers.get("content-disposition", ""))
     name = safe_filename(given, media_type(content_type))
     if (declared := headers.get("content-length", "")).isdecimal():
         await check_room(request, int(declared))  # BodyLimit has refused what is no size
-    return await receive(request.stream(), name, expected, state.settings, state.store)
+    return await receive(request.stream(), name, expected, state.settings, state.store, admit)
+
+
+async def _admit(request: Request, size: int, sha256: str) -> None:
+    if request.state.limits.max_stored_bytes is not None:
+        async with transaction(request, writes=True) as session:
+            await Quotas(session, request.state.settings).admit_bytes(size, sha256)
 
 
 def _file_part(form: FormData) -> UploadFile:

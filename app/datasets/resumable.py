@@ -25,7 +25,7 @@ from app.datasets.upload_repository import UploadRepository
 from app.datasets.uploads import Upload, check_size, safe_filename, spooled
 from app.db import transaction, write_down
 from app.errors import HashMismatch, OffsetMismatch, TooLarge, UploadMismatch, UploadNotFound
-from app.quotas.service import check_room
+from app.quotas.service import Quotas
 from app.settings import Settings
 from app.storage import ArtifactStore, Changed, Damaged
 from app.tables import UploadRow
@@ -59,7 +59,6 @@ class ResumableUploads:
     """Each method takes the transactions that it needs; none is open while bytes move."""
 
     def __init__(self, request: Request) -> None:
-        self._request = request
         self._open: Open = partial(transaction, request)
         self._note = partial(write_down, request)
         self._settings: Settings = request.state.settings
@@ -75,7 +74,6 @@ class ResumableUploads:
         while upload is None:  # again, if it was finished by another request between both
             if known := await self._known(Upload(name, size, sha256)):
                 return self._complete(known)
-            await check_room(self._request, size)
             upload = await self._begun(sha256, name, size)
         if upload.received == size:  # whoever was to join the parts has died
             return self._complete(await self._finished(upload))
@@ -140,7 +138,9 @@ class ResumableUploads:
             # Held, so that at every moment one of both rows keeps the bytes from being collected.
             if await DatasetRepository(session).held_by_hash(wanted.sha256) is None:
                 return None
-            dataset, _ = await DatasetService(session).keep(wanted, self._settings)
+            dataset, is_new = await DatasetService(session).keep(wanted, self._settings)
+            if is_new:
+                await self._note(session, dataset.id)
             uploads = UploadRepository(session)
             overtaken = await uploads.find(wanted.sha256)  # the bytes came by another way
             if overtaken:
@@ -154,6 +154,7 @@ class ResumableUploads:
             uploads = UploadRepository(session)
             upload = await uploads.find(sha256)
             if upload is None:
+                await Quotas(session, self._settings).admit_bytes(size, sha256)
                 try:
                     async with session.begin_nested():
                         return await uploads.add(sha256=sha256, filename=filename, size=size)
@@ -209,9 +210,10 @@ class ResumableUploads:
                 return await self._refuse(upload, error)
             async with self._open(writes=True) as session:
                 kept = Upload(upload.filename, upload.size, upload.sha256)
-                dataset, _ = await DatasetService(session).keep(kept, self._settings)
-                await UploadRepository(session).remove(upload.id)
-                await self._note(session, dataset.id)
+                await UploadRepository(session).remove(upload.id)  # no longer counted twice
+                dataset, is_new = await DatasetService(session).keep(kept, self._settings)
+                if is_new:
+                    await self._note(session, dataset.id)
             await asyncio.to_thread(self._parts.forget, upload.folder)
             return dataset
 

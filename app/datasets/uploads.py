@@ -4,7 +4,7 @@ import asyncio
 import hashlib
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -65,10 +65,12 @@ async def receive(
     expected: Collection[str],
     settings: Settings,
     store: ArtifactStore,
+    admit: Callable[[int, str], Awaitable[None]],
 ) -> Upload:
     """Take an upload in without holding it in memory; no database is held open meanwhile.
 
-    ``expected``: the hash that it must have, as often as the client has named one.
+    ``expected``: the hash that it must have, as often as the client has named one. ``admit``:
+    refuses what has arrived, by its size and hash, before the store has it.
     """
     check = partial(check_size, settings=settings)
     async with spooled(chunks, settings.uploads_dir, check) as file:
@@ -79,6 +81,7 @@ async def receive(
                 faults=[Fault(pointer="", detail="no bytes", code="dataset_empty")],
             )
         compare(file.sha256, expected)
+        await admit(file.size, file.sha256)
         await asyncio.to_thread(store.put_file, file.path, file.sha256)
     return Upload(filename, file.size, file.sha256)
 

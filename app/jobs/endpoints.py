@@ -273,7 +273,7 @@ async def pause_job(job_id: str, jobs: Writing) -> Job:
 @router.post(
     "/{job_id}/resume",
     status_code=202,
-    responses=problems(Unauthenticated, JobNotFound, IllegalTransition),
+    responses=problems(Unauthenticated, JobNotFound, IllegalTransition, RateLimited, QuotaExceeded),
     summary="Let a paused job go on",
 )
 async def resume_job(
@@ -289,7 +289,13 @@ async def resume_job(
     "/{job_id}/retry",
     status_code=202,
     responses=problems(
-        Unauthenticated, JobNotFound, IllegalTransition, InvalidRequest, IdempotencyKeyReused
+        Unauthenticated,
+        JobNotFound,
+        IllegalTransition,
+        InvalidRequest,
+        IdempotencyKeyReused,
+        RateLimited,
+        QuotaExceeded,
     ),
     summary="Do a job again",
 )

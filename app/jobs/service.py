@@ -93,10 +93,16 @@ class JobService:
         return await self._once(key, digest, add)
 
     async def _once(
-        self, key: str | None, digest: str, make: Callable[[], Awaitable[JobRow]]
+        self,
+        key: str | None,
+        digest: str,
+        make: Callable[[], Awaitable[JobRow]],
+        *,
+        is_new: bool = True,
     ) -> tuple[Job, bool]:
         try:
-            await Quotas(self._session, self._settings).admit_job()
+            if is_new:
+                await Quotas(self._session, self._settings).admit_job()
             async with self._session.begin_nested() if key else nullcontext():
                 row = await make()
                 if key:
@@ -132,7 +138,7 @@ class JobService:
             async def found() -> JobRow:
                 return running
 
-            job, _ = await self._once(key, digest, found)
+            job, _ = await self._once(key, digest, found, is_new=False)
             return job, True
         spec = JobCreate.model_validate(row.spec).resolved()
         return await self._accept(spec, key, digest, request_id, retried_from=job_id)
@@ -211,6 +217,9 @@ class JobService:
 
     async def resume(self, job_id: str) -> Job:
         if is_id(job_id, "job"):
+            found = await self._jobs.lock(job_id)
+            if found is not None and found.status == Status.PAUSED:
+                await Quotas(self._session, self._settings).admit_job()
             await self._jobs.resume(job_id)
         row = await self.row(job_id)
         if row.status not in {Status.QUEUED, Status.RUNNING}:

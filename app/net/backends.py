@@ -10,6 +10,8 @@ import asyncio
 import socket
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
+from functools import partial
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
@@ -122,8 +124,10 @@ class _Stream(httpcore2.NetworkStream):
 class AsyncPublicBackend(httpcore2.AsyncNetworkBackend):
     """For asyncio, where whoever waits sets the limit of the whole."""
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: Rules, look_ups: Executor | None = None) -> None:
+        """``look_ups``: where names are looked up; None: in the loop's own threads."""
         self._rules = rules
+        self._look_ups = look_ups
         self._sockets = httpcore2.AnyIOBackend()
 
     async def connect_tcp(
@@ -134,9 +138,9 @@ class AsyncPublicBackend(httpcore2.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: "Iterable[SOCKET_OPTION] | None" = None,
     ) -> httpcore2.AsyncNetworkStream:
-        look_up = asyncio.get_running_loop().getaddrinfo
+        look_up = partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
         try:
-            found = await look_up(host, port, type=socket.SOCK_STREAM)
+            found = await asyncio.get_running_loop().run_in_executor(self._look_ups, look_up)
         except (OSError, UnicodeError) as error:
             raise _not_found(host, error) from error
         *others, last = checked(host, port, found, self._rules)

@@ -7,6 +7,7 @@ connect on our behalf to what was never checked. Nothing is decompressed.
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator, Mapping
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -144,13 +145,23 @@ class Answer:
 class AsyncPublicClient:
     """For many small requests, such as those of webhooks: no redirects, and answers cut short."""
 
-    def __init__(self, rules: Rules, *, seconds: float, max_bytes: int = 1 << 16) -> None:
-        """``seconds`` are those of each request, from the look-up to the answer's last byte."""
+    def __init__(
+        self,
+        rules: Rules,
+        *,
+        seconds: float,
+        max_bytes: int = 1 << 16,
+        look_ups: Executor | None = None,
+    ) -> None:
+        """``seconds`` are those of each request, from the look-up to the answer's last byte.
+
+        ``look_ups``: threads in which names are looked up, if not in those of the loop.
+        """
         self._rules = rules
         self._seconds = seconds
         self._max_bytes = max_bytes
         self._client = httpx2.AsyncClient(
-            transport=_AsyncTransport(AsyncPublicBackend(rules)),
+            transport=_AsyncTransport(AsyncPublicBackend(rules, look_ups)),
             trust_env=False,
             timeout=httpx2.Timeout(seconds),
             headers=HEADERS,

@@ -84,8 +84,9 @@ def _checked(form: FormData) -> str:
         if field not in {"file", "purpose"}:
             raise unsupported(field, "A file has no such setting here; it is kept until deleted.")
     file = form.get("file")
-    name = (file.filename or "" if isinstance(file, UploadFile) else "")[-MAX_FILENAME:]
-    return name if "." in name else f"{name or 'upload'}.jsonl"  # as OpenAI takes them
+    name = file.filename or "" if isinstance(file, UploadFile) else ""
+    named = name if "." in name else f"{name or 'upload'}.jsonl"  # as OpenAI takes them
+    return named[-MAX_FILENAME:]
 
 
 @router.post(

@@ -15,6 +15,8 @@ from app.errors import (
     InvalidRequest,
     JobNotFound,
     MalformedBody,
+    QuotaExceeded,
+    RateLimited,
     TooLarge,
     Unauthenticated,
     UnsupportedMediaType,
@@ -180,7 +182,9 @@ async def pause_fine_tuning_job(fine_tuning_job_id: str, jobs: Writing) -> FineT
 
 @router.post(
     "/{fine_tuning_job_id}/resume",
-    responses=refusals(Unauthenticated, Forbidden, JobNotFound, IllegalTransition),
+    responses=refusals(
+        Unauthenticated, Forbidden, JobNotFound, IllegalTransition, RateLimited, QuotaExceeded
+    ),
     summary="Let a paused fine-tuning job go on",
 )
 async def resume_fine_tuning_job(

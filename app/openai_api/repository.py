@@ -5,14 +5,15 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select, tuple_
+from sqlalchemy import select, text, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import defer
 
+from app import tables
 from app.jobs.states import Status
 from app.tables import DatasetRow, EventRow, JobRow, MetricRow
 
-HAS_ADAPTER = (JobRow.status == Status.SUCCEEDED, JobRow.adapter.is_not(None))
+HAS_ADAPTER = (JobRow.status == Status.SUCCEEDED, text(tables.HAS_ADAPTER))
 Metrics = Mapping[tuple[str, int], Mapping[str, Any]]
 """By series and step."""
 

@@ -57,9 +57,14 @@ def code_for(code: str) -> str:
     return CODES.get(code, code)
 
 
-def headers_for(status: int) -> Mapping[str, str]:
-    """OpenAI's clients send again what is answered with 409, and it would be answered as before."""
-    return {"x-should-retry": "false"} if status == 409 else {}
+def headers_for(status: int, code: str) -> Mapping[str, str]:
+    """OpenAI's clients send again what is answered with 409 or 429.
+
+    A conflict would be answered as before. A quota is no matter of seconds; and what is sent again
+    after a refusal must not be taken for a retry of an earlier, equal request (decision 0015).
+    """
+    is_final = status == 409 or code == "quota_exceeded"
+    return {"x-should-retry": "false"} if is_final else {}
 
 
 def openai_error(error: _Error, status: int) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.db import now
 from app.jobs.states import Status
-from app.tables import DatasetRow, JobRow, UsageRow
+from app.tables import DatasetRow, JobRow, UploadRow, UsageRow
 
 HELD = [status for status in Status if status.is_held]
 WINDOW_DAYS = 30
@@ -64,9 +64,11 @@ async def gpu_minutes(session: AsyncSession) -> float:
 
 
 async def stored_bytes(session: AsyncSession) -> int:
-    """Of datasets: the same bytes under several names count once."""
+    """Of datasets, the same bytes under several names once; and of uploads what is announced."""
     files = select(DatasetRow.sha256, DatasetRow.size).distinct().subquery()
-    return int(await session.scalar(select(func.sum(files.c.size))) or 0)
+    here = await session.scalar(select(func.sum(files.c.size))) or 0
+    coming = await session.scalar(select(func.sum(UploadRow.size))) or 0
+    return int(here + coming)
 
 
 async def is_stored(session: AsyncSession, sha256: str) -> bool:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -57,8 +58,10 @@ class Outcome:
         }
 
 
-def make_client(rules: Any) -> AsyncPublicClient:
-    return AsyncPublicClient(rules, seconds=TIMEOUT_SECONDS, max_bytes=EXCERPT_BYTES)
+def make_client(rules: Any, look_ups: Executor | None = None) -> AsyncPublicClient:
+    return AsyncPublicClient(
+        rules, seconds=TIMEOUT_SECONDS, max_bytes=EXCERPT_BYTES, look_ups=look_ups
+    )
 
 
 async def attempt(

@@ -23,6 +23,7 @@ from app.jobs.states import Status
 from app.migrate import upgrade
 from app.tables import JobRow
 from tests.app.conftest import make_settings
+from tests.app.keys import make_key
 from tests.app.live import Live, live, messages
 from tests.app.service import ok, running
 from tests.faults.procs import descendants
@@ -266,7 +267,10 @@ class TestStream:
         with PostgresServer(tmp_path) as postgres:
             url = postgres.url().replace("postgresql:", "postgresql+psycopg:")
             upgrade(url)
-            with live(make_settings(tmp_path, url)) as service:
+            with live(make_settings(tmp_path, url, auth="key")) as service:
+                # With a key of a project: the stream asks again and again whether it is valid.
+                key = make_key(service, role="submitter")["key"]
+                service.http.headers["Authorization"] = f"Bearer {key}"
                 job_id = service.submit()["id"]
                 with service.stream(job_id) as told:
                     assert next(told)["id"] == "1"

@@ -210,9 +210,12 @@ class TestShow:
 
     def test_a_dry_run_has_no_model(self, openai: OpenAI, service: Service) -> None:
         job = create(openai, extra_body={"flatlora": {"dry_run": True}})
-        service.set(job.id, status=Status.SUCCEEDED, finished_at=now())
+        # As a worker leaves it: the JSON null, which is not NULL.
+        service.set(job.id, status=Status.SUCCEEDED, finished_at=now(), adapter=None)
         shown = openai.fine_tuning.jobs.retrieve(job.id)
         assert (shown.fine_tuned_model, shown.result_files) == (None, [])
+        assert job.id not in {model.id for model in openai.models.list()}
+        assert list(openai.files.list(purpose="fine-tune-results")) == []
 
     def test_one_that_is_not_there_is_not_found(self, openai: OpenAI) -> None:
         jobs = openai.fine_tuning.jobs

@@ -1,6 +1,7 @@
 """What a project may queue, use and store: refused at the limit, never above it, and told."""
 
 import asyncio
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
@@ -77,6 +78,27 @@ class TestQueued:
         # What was refused is not remembered: the key is free for when there is room.
         service.set(jobs[0], status=Status.RUNNING)
         assert ok(service.post(service.body, Idempotency_Key="c"), 202)["id"] not in jobs
+
+    def test_pausing_makes_no_room_for_more(self, service: Service) -> None:
+        paused = service.submit()["id"]
+        ok(service.http.post(f"/jobs/{paused}/pause"), 202)
+        others = [service.submit()["id"] for _ in range(2)]
+        refused(service.http.post(f"/jobs/{paused}/resume"))
+        assert service.get(f"/jobs/{paused}")["status"] == "paused"
+        service.set(others[0], status=Status.RUNNING)
+        for _ in range(2):
+            assert ok(service.http.post(f"/jobs/{paused}/resume"), 202)["status"] == "queued"
+
+    def test_a_retry_that_waits_is_the_answer_also_where_the_queue_is_full(
+        self, service: Service
+    ) -> None:
+        over = service.finished()["id"]
+        again = ok(service.http.post(f"/jobs/{over}/retry"), 202)["id"]
+        service.submit()
+        assert ok(service.http.post(f"/jobs/{over}/retry"), 202)["id"] == again
+        other = service.submit
+        with pytest.raises(AssertionError, match="quota_exceeded"):
+            other()
 
     def test_what_is_wrong_with_a_job_is_said_first(self, service: Service) -> None:
         for _ in range(2):
@@ -256,6 +278,33 @@ class TestStoredBytes:
         ok(self.upload(service, b"12345"), 201)
         refused(self.upload(service, iter([b"123", b"456"])))
         assert len(service.get("/datasets")["items"]) == 1
+
+    def test_what_is_refused_when_it_has_come_is_not_in_the_store(self, service: Service) -> None:
+        body = bytes(service.settings.max_stored_bytes or 0) + b"x"
+        sha256 = hashlib.sha256(body).hexdigest()
+        url = "/datasets?filename=a.jsonl"
+        answer = service.http.post(url, content=iter([body]), headers=ROWS)
+        assert answer.status_code in {413, 429}
+        assert not asyncio.run(service.store.holds(sha256, len(body)))
+
+    def test_uploads_in_parts_count_by_what_they_announce(self, service: Service) -> None:
+        allowed = service.settings.max_stored_bytes or 0
+        size = allowed // 2 + 1
+        begin = f"filename=a.jsonl&size={size}"
+        first, second = ("a" * 64, "b" * 64)
+        ok(service.http.put(f"/datasets/uploads/{first}?{begin}"), 200)
+        assert service.get("/quota")["stored_bytes"]["used"] == size
+        refused(service.http.put(f"/datasets/uploads/{second}?{begin}"))
+        assert service.http.delete(f"/datasets/uploads/{first}").status_code == 204
+        ok(service.http.put(f"/datasets/uploads/{second}?{begin}"), 200)
+
+    def test_an_upload_that_fills_the_room_is_finished(self, service: Service) -> None:
+        body = b"x" * (service.settings.max_stored_bytes or 0)
+        at = f"/datasets/uploads/{hashlib.sha256(body).hexdigest()}"
+        ok(service.http.put(f"{at}?filename=a.jsonl&size={len(body)}"), 200)
+        part = {"Upload-Offset": "0", "Content-Type": "application/octet-stream"}
+        assert ok(service.http.patch(at, content=body, headers=part), 201)["dataset"]
+        assert service.get("/quota")["stored_bytes"]["used"] == len(body)
 
     def test_a_form_is_measured_by_its_file(self, service: Service) -> None:
         def send(body: bytes) -> httpx2.Response:
