@@ -232,10 +232,13 @@ class ResumableUploads:
         ) from error
 
     async def _result(self, upload: UploadRow) -> Dataset:
-        state = await self.show(upload.sha256)
-        if state.dataset is None:
+        """What another request has made of it, also where a third has begun it anew since."""
+        async with self._open() as session:
+            dataset = await DatasetRepository(session).by_hash(upload.sha256)
+        if dataset is None:
+            state = await self.show(upload.sha256)
             raise OffsetMismatch(upload.size, state.offset)
-        return state.dataset
+        return present(dataset)
 
     def _state(self, upload: UploadRow) -> UploadState:
         lifetime = timedelta(hours=self._settings.keep_unreferenced_hours)
