@@ -139,6 +139,7 @@ class TestLongPoll:
         one.set(first, status=Status.RUNNING)
         assert asked.result(20).json()["queue_position"] == 0
 
+    @pytest.mark.torture
     def test_three_hundred_who_wait_leave_the_database_to_others(
         self, tmp_path: Path, migrated_postgres_url: str, pool: ThreadPoolExecutor
     ) -> None:

@@ -143,6 +143,7 @@ class TestWhile:
         assert stage.cancel(job_id).json()["status"] == "cancelled"
         assert stage.ended(job_id)["fence"] == 1
 
+    @pytest.mark.torture
     def test_it_waits_for_another_worker_it_is_over_at_once(self, stage: Stage) -> None:
         (worker,) = stage.cluster.workers
         job_id = stage.training()

@@ -40,6 +40,7 @@ class TestJob:
         assert files == expected_files(story)
         cluster.check()
 
+    @pytest.mark.torture
     def test_so_does_one_whose_rows_were_uploaded(self, cluster: Cluster) -> None:
         rows = ROWS * 2
         upload = cluster.api.http.post(
@@ -127,6 +128,7 @@ class TestMachines:
         cluster.check()
 
     @pytest.mark.torture
+    @pytest.mark.torture
     def test_a_frozen_worker_loses_its_job_to_another_and_is_refused_when_it_wakes(
         self, make_cluster: MakeCluster
     ) -> None:
@@ -144,6 +146,7 @@ class TestMachines:
         until(lambda: not cluster.orphans(), seconds=10)
 
 
+@pytest.mark.torture
 class TestNoneIsLeft:
     def test_a_closed_cluster_leaves_no_process(self, make_cluster: MakeCluster) -> None:
         cluster = make_cluster(workers=2, slots=2)

@@ -72,6 +72,14 @@ class Stage:
         }
 
 
+EVERY_RUN = {
+    Point.REQUEST_AFTER_COMMIT, Point.RELAY_AFTER_SEND, Point.WEBHOOK_AFTER_SEND,
+    Point.CLAIM_AFTER_COMMIT, Point.HEARTBEAT_BEFORE_COMMIT, Point.CHECKPOINT_RENAMED,
+    Point.HANDOVER_AFTER_COMMIT, Point.PUBLISH_AFTER_MANIFEST, Point.END_BEFORE_COMMIT,
+    Point.REQUEUE_BEFORE_COMMIT,
+}  # fmt: skip
+"""Where dying has cost the most thought; the others run on demand."""
+
 ABOVE = {
     "api": ["worker", "celery", "pool child"],
     "worker": [],
@@ -214,7 +222,13 @@ class TestEveryPoint:
         for point in Point:
             stage.failpoints.disarm(point)
 
-    @pytest.mark.parametrize("point", Point)
+    @pytest.mark.parametrize(
+        "point",
+        [
+            point if point in EVERY_RUN else pytest.param(point, marks=pytest.mark.torture)
+            for point in Point
+        ],
+    )
     def test_a_job_outlives_it(self, stage: Stage, point: Point) -> None:
         role, schedule = WHERE[point]
         job_id = dies_once(stage, point, role, schedule)

@@ -193,6 +193,7 @@ class TestDrained:
         assert_no_orphans(cluster)
 
     @pytest.mark.parametrize("step_ms", [20, pytest.param(1000, marks=pytest.mark.torture)])
+    @pytest.mark.torture
     def test_also_where_a_service_manager_tells_every_process(
         self, cluster: Cluster, step_ms: int
     ) -> None:
@@ -211,6 +212,7 @@ class TestDrained:
     @pytest.mark.parametrize(
         "time_", [1, *(pytest.param(time_, marks=pytest.mark.torture) for time_ in range(2, 21))]
     )
+    @pytest.mark.torture
     def test_told_twice_it_ends_at_once(self, cluster: Cluster, time_: int) -> None:
         """Its trainer does not listen; the job goes on from its last checkpoint."""
         job_id = cluster.submit(**JOB, labels={"deaf": "1"})

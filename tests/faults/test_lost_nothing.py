@@ -61,6 +61,7 @@ class TestRedis:
             for job_id in job_ids:
                 cluster.finish(job_id)
 
+    @pytest.mark.torture
     def test_emptied_before_anybody_has_taken_a_wake_up_it_loses_none(
         self, cluster: Cluster
     ) -> None:
@@ -101,6 +102,7 @@ class TestRedis:
         cluster.redis.start()
         cluster.settle()
 
+    @pytest.mark.torture
     def test_full_it_takes_no_wake_up_and_jobs_wait_in_the_outbox(self, cluster: Cluster) -> None:
         long, short = cluster.submit(steps=300, step_ms=20), cluster.submit(steps=50, step_ms=20)
         for job_id in (long, short):
@@ -139,6 +141,7 @@ class TestApi:
         """Whose sweeper would come much later than anybody waits for a job here."""
         return shared(environment={**failpoints.environment, "FLATLORA_SWEEP_SECONDS": "300"})
 
+    @pytest.mark.torture
     def test_cut_off_from_redis_it_leaves_its_wake_ups_to_the_workers(
         self, cluster: Cluster
     ) -> None:

@@ -67,6 +67,7 @@ class TestWakeUps:
         self._wait_until_taken(cluster)
         assert [starts(cluster, job_id) for job_id in job_ids] == [1] * jobs
 
+    @pytest.mark.torture
     def test_about_a_job_that_is_over_they_do_nothing(
         self, cluster: Cluster, broker: Celery
     ) -> None:
@@ -164,6 +165,7 @@ class TestMessages:
         """Nobody is woken but by the messages of these tests, and by those of requeued jobs."""
         return shared(slots=2, environment={"FLATLORA_SWEEP_SECONDS": "300"})
 
+    @pytest.mark.torture
     def test_one_that_sets_a_time_limit_does_not_set_that_of_the_job(
         self, cluster: Cluster
     ) -> None:
@@ -228,6 +230,7 @@ class TestFrozen:
             pytest.param(Point.END_BEFORE_COMMIT, marks=pytest.mark.torture),
         ],
     )
+    @pytest.mark.torture
     def test_so_is_one_that_was_about_to_publish(
         self, cluster: Cluster, failpoints: Failpoints, point: Point
     ) -> None:

@@ -48,6 +48,7 @@ class TestInTheTrainer:
         cluster.check()
 
     @pytest.mark.parametrize("label", ["crash_at", "stall_at"])
+    @pytest.mark.torture
     def test_what_may_pass_is_tried_again(self, cluster: Cluster, label: str) -> None:
         job_id, next_id = cluster.submit(labels={label: "12 first"}), cluster.submit()
         assert cluster.finish(job_id)["attempt"] == 2
@@ -57,6 +58,7 @@ class TestInTheTrainer:
         cluster.check()
 
     @LONG
+    @pytest.mark.torture
     def test_one_that_always_hangs_is_given_up(self, cluster: Cluster) -> None:
         job_id = cluster.submit(labels={"stall_at": "12"})
         failed(cluster, job_id, "worker_lost")
@@ -137,6 +139,7 @@ class TestStore:
         assert cluster.api.http.get(f"/jobs/{earlier}/adapter").status_code == 200
         cluster.check()
 
+    @pytest.mark.torture
     def test_one_that_is_away_when_a_job_begins_makes_it_wait(
         self, cluster: Cluster, proxy: Proxy
     ) -> None:

@@ -212,7 +212,7 @@ class TestOneMachine:
             proxy.pass_through()
         cluster.check()
 
-    @pytest.mark.parametrize("fault", ["stall", "half_open"])
+    @pytest.mark.parametrize("fault", ["stall", pytest.param("half_open", marks=LONG)])
     def test_jobs_that_came_while_redis_was_silent_are_consumed_afterwards(
         self, cluster: Cluster, fault: str
     ) -> None:
@@ -227,7 +227,7 @@ class TestOneMachine:
             cluster.finish(job_id, seconds=25)
         cluster.check()
 
-    @pytest.mark.parametrize("word", [b"BRPOP", b"ZREM"])
+    @pytest.mark.parametrize("word", [b"BRPOP", pytest.param(b"ZREM", marks=LONG)])
     def test_a_wake_up_whose_taking_is_cut_off_stops_no_consumer(
         self, cluster: Cluster, word: bytes
     ) -> None:
@@ -257,7 +257,7 @@ class TestSilence:
     """A connection that stays open and on which nothing comes is an outage too."""
 
     @LONG
-    @pytest.mark.parametrize("fault", ["stall", "half_open"])
+    @pytest.mark.parametrize("fault", ["stall", pytest.param("half_open", marks=LONG)])
     def test_a_request_does_not_hang_on_it(self, cluster: Cluster, fault: str) -> None:
         key = f"silence-{fault}"
         cluster.post(cluster.body(steps=1), key=key)

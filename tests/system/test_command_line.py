@@ -66,6 +66,7 @@ class TestOtherCommands:
         assert refused.returncode == 1
         assert "succeeded" in refused.stderr
 
+    @pytest.mark.torture
     def test_a_cancelled_job_ends_with_3(self, service: Service) -> None:
         job_id = submit(service, "--set", "training.max_steps=5000")["id"]
         cancelled = service.flatlora("jobs", "cancel", job_id)
@@ -81,6 +82,7 @@ class TestOtherCommands:
 
 
 class TestValidate:
+    @pytest.mark.torture
     def test_good_rows_give_a_report(self, shared_service: Service) -> None:
         rows = str(EXAMPLES / "data" / "train.jsonl")
         done = shared_service.flatlora("validate", rows, *MODEL, "--json")
@@ -96,6 +98,7 @@ class TestValidate:
 
 
 class TestUp:
+    @pytest.mark.torture
     def test_it_tells_where_it_is_and_forgets_that_when_it_stops(self, service: Service) -> None:
         url = service.data_dir / "url"
         assert url.read_text() == f"http://127.0.0.1:{service.port}"

@@ -145,6 +145,7 @@ def held_out_loss(model: Any, tokenizer: Any) -> float:
     return total / count
 
 
+@pytest.mark.torture
 class TestUploadedDataset:
     def test_it_is_read_like_the_same_file(self, shared_service: Service, body: Json) -> None:
         rows = EXAMPLES / "data" / "train.jsonl"
@@ -190,6 +191,7 @@ class TestCancel:
             again = http.post(f"/jobs/{job_id}/cancel")
         assert (again.status_code, again.json()["status"]) == (202, "cancelled")
 
+    @pytest.mark.torture
     def test_a_queued_job_stops_at_once(self, service: Service, body: Json) -> None:
         body["training"]["max_steps"] = 5000
         first, second = service.submit(body), service.submit(body)
@@ -212,6 +214,7 @@ class TestFailedJob:
         assert "line 37" in job["failure"]["message"]
         service.finish(service.submit({**body, "dry_run": True}))
 
+    @pytest.mark.torture
     def test_max_runtime_stops_it(self, service: Service, body: Json) -> None:
         body["training"]["max_steps"] = 5000
         job_id = service.submit({**body, "resources": {"max_runtime": 4}})
@@ -219,6 +222,7 @@ class TestFailedJob:
         assert job["failure"]["reason"] == "max_runtime"
         assert not service.trainers()
 
+    @pytest.mark.torture
     def test_a_file_that_goes_away_after_submitting_is_explained(
         self, service: Service, body: Json
     ) -> None:

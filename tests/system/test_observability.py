@@ -78,6 +78,7 @@ def check_lines(log: str, job_id: str, request_id: str) -> None:
     assert request["trace_id"] == ANCHOR
 
 
+@pytest.mark.torture
 class TestEmbedded:
     def test_one_job_from_the_request_to_the_published_adapter(
         self, tmp_path: Path, body: Json

@@ -46,6 +46,7 @@ class TestHostileRows:
             assert f"line {line}: " in job["failure"]["message"]
         assert job["attempt"] == 1
 
+    @pytest.mark.torture
     def test_allowed_ones_are_in_the_report_and_the_service_shows_it(
         self, shared_service: Service, body: Json
     ) -> None:
@@ -112,6 +113,7 @@ class TestHub:
         assert not hub_service.trainers()
 
 
+@pytest.mark.torture
 class TestLeftovers:
     def test_what_a_job_left_that_was_over_before_anybody_could_clear_it_is_cleared(
         self, service: Service, body: Json
@@ -126,6 +128,7 @@ class TestLeftovers:
         assert (left.parent / "trainer.log").exists()
 
 
+@pytest.mark.torture
 class TestDispatcherAlone:
     def test_it_runs_under_a_manager_that_gives_it_no_input(
         self, service: Service, body: Json

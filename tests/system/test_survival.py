@@ -79,6 +79,7 @@ class TestKilledService:
         assert job["attempt"] == 1, "a killed service is not the job's fault"
         assert hashes(job) == expected
 
+    @pytest.mark.torture
     def test_a_killed_dispatcher_is_started_again_and_its_trainer_is_gone(
         self, service: Service, body: Json, expected: dict[str, str]
     ) -> None:
@@ -91,6 +92,7 @@ class TestKilledService:
         assert service.dispatcher() != dispatcher
 
 
+@pytest.mark.torture
 class TestPausedJob:
     def test_it_holds_nothing_and_goes_on_to_a_byte_identical_adapter(
         self, service: Service, body: Json, expected: dict[str, str]
@@ -117,6 +119,7 @@ class TestPausedJob:
 
 
 class TestStoppedService:
+    @pytest.mark.torture
     def test_it_drains_to_a_checkpoint_and_goes_on_from_there(
         self, service: Service, body: Json, expected: dict[str, str]
     ) -> None:

@@ -88,6 +88,7 @@ def test_columns_of_large_pages_are_read_in_the_order_of_their_rows(
     assert measured.usage().peak_bytes < BASE_BYTES + 3 * max(sizes)
 
 
+@pytest.mark.torture
 def test_a_page_of_messages_may_be_large(tmp_path: Path) -> None:
     rows = [chat("Q", text) for text in texts(7_000, 10_000)]
     file = file_of(tmp_path, rows, **DUCKDB["DuckDB"])
@@ -109,6 +110,7 @@ def test_files_of_small_pages_are_read_within_the_usual_memory(
     assert measured.usage().peak_bytes < BASE_BYTES
 
 
+@pytest.mark.torture
 def test_a_compressed_file_of_large_pages_is_read_too(tmp_path: Path) -> None:
     rows = pairs(3500, 10_000)
     buffer = io.BytesIO()
