@@ -82,7 +82,7 @@ class TestAtAnyTime:
 
     @pytest.mark.parametrize(
         "seed",
-        [*range(3), *(pytest.param(seed, marks=pytest.mark.torture) for seed in range(3, 56))],
+        [0, *(pytest.param(seed, marks=pytest.mark.torture) for seed in range(1, 56))],
     )
     def test_it_ends_once_and_soon(self, stage: Stage, seconds: float, seed: int) -> None:
         moment = (seed % 6 + random.Random(seed).random()) / 6  # of the job's life
@@ -111,6 +111,7 @@ class TestWhile:
         assert stage.ended(waiting)["fence"] == 0
         assert not stage.cluster.executions(waiting)
 
+    @pytest.mark.torture
     def test_its_inputs_are_fetched_it_does_not_train(self, stage: Stage) -> None:
         stage.failpoints.arm(Point.INPUTS_AFTER_PIN)
         job_id = stage.cluster.submit(**JOB)
@@ -119,6 +120,7 @@ class TestWhile:
         assert stage.ended(job_id)["status"] == "cancelled"
         assert not stage.cluster.executions(job_id)
 
+    @pytest.mark.torture
     def test_its_adapter_is_published_it_came_too_late(self, stage: Stage) -> None:
         stage.failpoints.arm(Point.PUBLISH_AFTER_BLOBS)
         job_id = stage.cluster.submit(**JOB)
@@ -136,6 +138,7 @@ class TestWhile:
         took = row["finished_at"].timestamp() - cancelled_at
         assert GRACE_SECONDS < took < GRACE_SECONDS + HEARD_SECONDS
 
+    @pytest.mark.torture
     def test_it_pauses_after_a_death_it_is_over_at_once(self, stage: Stage) -> None:
         job_id = stage.training()
         stage.cluster.kill("trainer", job_id=job_id)
@@ -155,6 +158,7 @@ class TestWhile:
         stage.cluster.finish(stage.cluster.submit(steps=1))
         assert stage.ended(job_id)["fence"] == 1
 
+    @pytest.mark.torture
     def test_its_worker_drains_it_is_cancelled_and_not_handed_over(self, stage: Stage) -> None:
         (worker,) = stage.cluster.workers
         job_id = stage.training(steps=20, step_ms=1000)
@@ -178,7 +182,9 @@ class TestWhile:
 
 
 class TestStorm:
-    @pytest.mark.parametrize("state", ["queued", "running"])
+    @pytest.mark.parametrize(
+        "state", [pytest.param("queued", marks=pytest.mark.torture), "running"]
+    )
     def test_a_hundred_at_once_are_one(self, stage: Stage, state: str) -> None:
         ahead = stage.training(steps=200)
         job_id = stage.cluster.submit(**JOB) if state == "queued" else ahead

@@ -82,14 +82,16 @@ class TestRealTrainer:
         cluster.check()
 
 
-KINDS: list[What] = ["api", "api server", "postgres", "redis"]
-AS_IN_TEST_KILLED: list[What] = ["trainer", "pool child", "celery main", "worker parent"]
+KINDS: list[What] = ["api", "postgres"]
+ON_DEMAND: list[What] = [
+    "api server", "redis", "trainer", "pool child", "celery main", "worker parent",
+]  # fmt: skip
 
 
 class TestKill:
     @pytest.mark.parametrize(
         "what",
-        [*KINDS, *(pytest.param(what, marks=pytest.mark.torture) for what in AS_IN_TEST_KILLED)],
+        [*KINDS, *(pytest.param(what, marks=pytest.mark.torture) for what in ON_DEMAND)],
     )
     def test_what_is_killed_is_gone_and_the_job_goes_on(self, cluster: Cluster, what: What) -> None:
         job_id = cluster.submit(steps=60, step_ms=20)

@@ -27,7 +27,13 @@ REAL_JOB = example_job(
 )
 JOB: dict[str, Any] = {"steps": 100, "checkpoint_steps": 5, "step_ms": 20}
 
-VICTIMS = ["trainer", "pool child", "celery main", "worker parent", "worker parent, restarted"]
+VICTIMS = [
+    "trainer", "worker parent",
+    *(
+        pytest.param(what, marks=pytest.mark.torture)
+        for what in ("pool child", "celery main", "worker parent, restarted")
+    ),
+]  # fmt: skip
 UNCOUNTED = ("The service was restarted", "The worker stops", "The worker could not reach")
 """How the service says that it goes on without counting an attempt."""
 

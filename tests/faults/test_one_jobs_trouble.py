@@ -38,6 +38,7 @@ class TestInTheTrainer:
     @pytest.mark.parametrize(
         ("label", "reason"), [("full_at", "disk_full"), ("memory_at", "gpu_out_of_memory")]
     )
+    @pytest.mark.torture
     def test_what_would_come_again_fails_at_once(
         self, cluster: Cluster, label: str, reason: str
     ) -> None:

@@ -74,6 +74,7 @@ class TestHalfALease:
             self._go_on(cluster, job_ids)
         self._finish_unbroken(cluster, job_ids)
 
+    @pytest.mark.torture
     def test_without_a_network_no_job_is_restarted(self, cluster: Cluster) -> None:
         job_ids = self._running(cluster)
         with network_faults([*cluster.workers]):
@@ -201,6 +202,7 @@ class TestOneMachine:
         cluster.settle()
         cluster.check()
 
+    @pytest.mark.torture
     def test_jobs_go_on_over_a_slow_network_to_postgres(self, cluster: Cluster) -> None:
         for proxy in cluster.proxies("postgres"):
             proxy.slow(48_000)
@@ -213,6 +215,7 @@ class TestOneMachine:
         cluster.check()
 
     @pytest.mark.parametrize("fault", ["stall", pytest.param("half_open", marks=LONG)])
+    @pytest.mark.torture
     def test_jobs_that_came_while_redis_was_silent_are_consumed_afterwards(
         self, cluster: Cluster, fault: str
     ) -> None:
@@ -238,6 +241,7 @@ class TestOneMachine:
         cluster.workers[0].redis.pass_through()
         cluster.check()
 
+    @pytest.mark.torture
     def test_a_connection_to_redis_that_breaks_twenty_times_in_a_row_is_made_again(
         self, cluster: Cluster
     ) -> None:
@@ -271,6 +275,7 @@ class TestSilence:
         assert len(cluster.settle()) == len(cluster.accepted)
         cluster.check()
 
+    @pytest.mark.torture
     def test_the_row_of_a_machine_that_froze_in_a_transaction_is_not_locked_for_ever(
         self, make_cluster: MakeCluster, tmp_path: Path
     ) -> None:

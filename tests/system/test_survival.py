@@ -28,6 +28,7 @@ def expected(
     return unbroken["files"]
 
 
+@pytest.mark.torture
 class TestKilledTrainer:
     def test_the_job_goes_on_to_a_byte_identical_adapter_with_each_step_recorded_once(
         self, service: Service, body: Json, expected: dict[str, str]
