@@ -55,6 +55,7 @@ class TestSubmit:
 
 
 class TestOtherCommands:
+    @pytest.mark.torture
     def test_list_show_watch_and_cancel(self, shared_service: Service) -> None:
         job_id = submit(shared_service, "--dry-run", "--name", "[bold]odd[/] name")["id"]
         watched = shared_service.flatlora("jobs", "watch", job_id, "--json")

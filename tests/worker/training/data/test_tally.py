@@ -117,6 +117,7 @@ class TestRendering:
         assert [told for told in recorder.tallies if told[1]] == [(n, 41) for n in range(42)]
 
 
+@pytest.mark.torture
 def test_a_trainer_tells_of_its_rows_and_is_cancelled_among_them(
     make_job: Make, tmp_path: Path
 ) -> None:

@@ -49,6 +49,7 @@ class TestFolder:
         assert all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in weights)
         assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
+    @pytest.mark.torture
     def test_another_process_in_another_folder_writes_the_same_bytes(
         self, make_job: Make, tmp_path: Path
     ) -> None:
