@@ -10,11 +10,10 @@ from datetime import datetime
 from sqlalchemy import Connection, case, func, or_, select
 
 from app.db import now
-from app.jobs.states import Status
+from app.jobs.states import HELD, Status
 from app.tables import JobRow, OutboxRow, WebhookDeliveryRow, WorkerRow
 
 SILENT_SECONDS = 30  # six heartbeats of a worker's row
-HELD = [status for status in Status if status.is_held]
 
 
 @dataclass(frozen=True)

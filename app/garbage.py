@@ -9,12 +9,11 @@ from typing import Any
 from sqlalchemy import ColumnElement, Engine, RowMapping, Select, not_, select
 from sqlalchemy.orm import Session
 
-from app.jobs.states import Status
+from app.jobs.states import TERMINAL
 from app.storage import ArtifactStore
 from app.tables import DatasetRow, JobRow
 
 PAGE = 500
-TERMINAL = [status for status in Status if status.is_terminal]
 
 
 def references(

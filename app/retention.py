@@ -26,8 +26,9 @@ from sqlalchemy.orm import Session
 
 from app.datasets.parts import Parts, upload_of
 from app.db import now
-from app.garbage import TERMINAL, Candidates, references
+from app.garbage import Candidates, references
 from app.ids import is_id
+from app.jobs.states import TERMINAL
 from app.objects import Entry
 from app.quotas.usage import USED, is_past, keep_usage
 from app.settings import Settings

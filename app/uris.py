@@ -91,16 +91,25 @@ def resolve_model_folder(uri: str, roots: Sequence[Path]) -> Path:
     return path
 
 
+def is_hub_id(name: str) -> bool:
+    return bool(HUB_ID.fullmatch(name)) and ".." not in name and "--" not in name
+
+
+def is_listed(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name of the hub fits one of the patterns: ``*`` is any run of characters."""
+    regexes = [re.escape(pattern).replace(r"\*", ".*") for pattern in patterns]
+    return any(re.fullmatch(regex, name) for regex in regexes)
+
+
 def check_hub_id(name: str, allowed: Sequence[str]) -> None:
     """That a name can be a model of the hub, and one that this service may use."""
-    if not HUB_ID.fullmatch(name) or ".." in name or "--" in name:
+    if not is_hub_id(name):
         raise UriError(
             "base_model_not_found",
             f"{name!r} is neither a hub id nor a file: URI.",
             "Write org/name, or file: and a folder below a configured root.",
         )
-    patterns = [re.escape(pattern).replace(r"\*", ".*") for pattern in allowed]
-    if not any(re.fullmatch(pattern, name) for pattern in patterns):
+    if not is_listed(name, allowed):
         raise UriError(
             "base_model_not_allowed",
             f"{name} is not among the hub models that this service may use: {_list(allowed)}.",

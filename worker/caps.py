@@ -6,11 +6,9 @@ from typing import Any
 from sqlalchemy import ColumnElement, Exists, ScalarSelect, exists, func, or_, select
 from sqlalchemy.orm import Session, aliased
 
-from app.jobs.states import Status
+from app.jobs.states import HELD
 from app.quotas.repository import add_project
 from app.tables import NO_LIMIT, JobRow, ProjectRow
-
-HELD = [status for status in Status if status.is_held]
 
 
 class ProjectIsFull(Exception):

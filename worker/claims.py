@@ -18,13 +18,11 @@ from sqlalchemy.sql.dml import ReturningUpdate
 from app.db import now
 from app.failpoints import Point, failpoint
 from app.jobs.events import event
-from app.jobs.states import Phase, Reason, Status, may_move
+from app.jobs.states import HELD, TERMINAL, Phase, Reason, Status, may_move
 from app.outbox import wake
 from app.tables import JobRow
-from worker.caps import HELD, Cap, ProjectIsFull, check_cap, is_capped
-from worker.lease import LEASE
-from worker.lease import Lease as Lease
-from worker.lease import LeaseLost as LeaseLost
+from worker.caps import Cap, ProjectIsFull, check_cap, is_capped
+from worker.lease import LEASE, Lease, LeaseLost
 from worker.queue import Fit, best, is_ready, turn, unlocked
 
 RECOVERIES_LIMIT = 10  # times that a job may be held by a service that is killed
@@ -292,11 +290,10 @@ class Claims:
 
     def over(self, job_ids: Collection[str]) -> dict[str, str | None]:
         """Of these jobs, those that exist and are over, each with its reason."""
-        terminal = [status for status in Status if status.is_terminal]
         with Session(self._reading) as session:
             rows = session.execute(
                 select(JobRow.id, JobRow.reason).where(
-                    JobRow.id.in_(job_ids), JobRow.status.in_(terminal)
+                    JobRow.id.in_(job_ids), JobRow.status.in_(TERMINAL)
                 )
             )
             return {row.id: row.reason for row in rows}

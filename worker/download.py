@@ -6,14 +6,12 @@ from pathlib import Path
 import httpx2
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
-    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 
+from worker.hub_refusals import REFUSED, explained
 from worker.training.errors import BaseModelUnavailable, DiskFull, is_disk_full
 
 log = logging.getLogger(__name__)
@@ -36,18 +34,8 @@ def download_model(name: str, revision: str | None, *, with_weights: bool) -> Pa
             name, revision=revision, allow_patterns=patterns, ignore_patterns=NEVER
         )
         return Path(found)
-    except GatedRepoError as error:
-        raise BaseModelUnavailable(
-            f"The hub wants an access token for {name}.", "Set HF_TOKEN for the worker."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise BaseModelUnavailable(
-            f"The hub has no model {name}, or it is private.", "Check the name, or set HF_TOKEN."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise BaseModelUnavailable(
-            f"The model {name} has no revision {revision}.", "Name a commit, a tag or a branch."
-        ) from error
+    except REFUSED as error:
+        raise BaseModelUnavailable(*explained(error, "model", name, revision)) from error
     except HFValidationError as error:
         raise BaseModelUnavailable(
             f"{name} is no name of a model: {error}", "Write org/name as the hub does."

@@ -17,8 +17,8 @@ from app.settings import Settings
 from app.storage import ArtifactStore, Damaged, sha256_of
 from app.tables import DatasetRow
 from app.uris import UriError, resolve_dataset_file, resolve_model_folder
-from worker.claims import Lease
 from worker.inputs import pinned, read_job, write_job
+from worker.lease import Lease
 from worker.remote import TASKS, Bring, order_for
 from worker.training.config import BaseModel, DataFile
 from worker.training.errors import BaseModelUnavailable, DatasetUnavailable

@@ -17,8 +17,9 @@ import structlog
 
 from app.failpoints import Point, failpoint
 from app.storage import ArtifactStore
-from worker.claims import Claims, Lease, LeaseLost
+from worker.claims import Claims
 from worker.inputs import CHECKPOINTS
+from worker.lease import Lease, LeaseLost
 
 log = structlog.get_logger()
 

@@ -11,14 +11,12 @@ from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf
 from huggingface_hub.errors import (
     EntryNotFoundError,
     FileMetadataError,
-    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 
+from worker.hub_refusals import REFUSED, explained
 from worker.remote import Arrived, Order, too_large, write_hashed
 from worker.training.errors import DatasetUnavailable, is_disk_full
 
@@ -42,18 +40,8 @@ def bring_hub_file(order: Order) -> Arrived:
     try:
         found, commit = _fetched(order)
         sha256 = write_hashed(order, _chunks(found))
-    except GatedRepoError as error:
-        raise DatasetUnavailable(
-            f"The hub wants an access token for {repo}.", "Set HF_TOKEN for the worker."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise DatasetUnavailable(
-            f"The hub has no dataset {repo}, or it is private.", "Check the name, or set HF_TOKEN."
-        ) from error
-    except RevisionNotFoundError as error:
-        raise DatasetUnavailable(
-            f"The dataset {repo} has no revision {revision}.", "Name a commit, a tag or a branch."
-        ) from error
+    except REFUSED as error:
+        raise DatasetUnavailable(*explained(error, "dataset", repo, revision)) from error
     except LocalEntryNotFoundError as error:  # it is an EntryNotFoundError too
         raise _unreachable(order, error) from error
     except EntryNotFoundError as error:

@@ -10,7 +10,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from app.jobs.events import event
 from app.jobs.states import Phase, Status
 from app.tables import MetricRow
-from worker.claims import Claims, Lease
+from worker.claims import Claims
+from worker.lease import Lease
 from worker.log_tail import LogTail
 from worker.pipe import Message
 

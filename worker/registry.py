@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session
 
 from app import __version__
 from app.db import now
+from app.jobs.states import HELD
 from app.tables import JobRow, WorkerRow
-from worker.caps import HELD
 from worker.queue import Fit, is_ready
 from worker.slot import Slot
 

@@ -17,8 +17,9 @@ from app.db import OUTAGES, make_engine
 from app.devices import count
 from app.settings import Settings
 from app.storage import make_private, open_store
-from worker.claims import Claims, Lease
+from worker.claims import Claims
 from worker.fetch import Fetcher
+from worker.lease import Lease
 from worker.metrics import attempt_began, attempts_killed
 from worker.supervisor import Supervisor, traced
 from worker.watch import Draining

@@ -18,12 +18,13 @@ from app.settings import Settings
 from app.storage import ArtifactStore, Damaged, Outage
 from app.tracing import flush, span
 from worker import metrics
-from worker.claims import Claims, Lease, LeaseLost
+from worker.claims import Claims
 from worker.devices import first_of, visible
 from worker.fetch import Fetcher
 from worker.folders import Folders
 from worker.handover import Handover, restore
 from worker.inputs import LOG_FILE
+from worker.lease import Lease, LeaseLost
 from worker.log_tail import LogTail
 from worker.patience import until_stored, until_written
 from worker.pipe import Message

@@ -13,7 +13,8 @@ import structlog
 
 from app.jobs.states import Status
 from app.settings import Settings
-from worker.claims import Claims, Lease, LeaseLost
+from worker.claims import Claims
+from worker.lease import Lease, LeaseLost
 from worker.process import TrainerProcess
 from worker.progress import Progress
 

@@ -7,8 +7,8 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from app.access.principal import Principal, Role
 from app.errors import Forbidden
+from app.middleware import READING
 
-READING = {"GET", "HEAD", "OPTIONS"}
 PROJECT_HEADER = "Flatlora-Project"
 """Chooses among the projects that a token opens."""
 

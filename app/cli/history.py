@@ -1,9 +1,9 @@
 """``flatlora jobs events|metrics|logs|checkpoints|deliveries``: what a job has left behind it."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.filesize import decimal
@@ -13,12 +13,14 @@ from rich.text import Text
 from app.cli.client import Json, connected
 from app.cli.options import AsJson, JobId
 from app.cli.output import INTERRUPTED, out, print_json, print_json_line
-from flatlora_client import Attempt
+from flatlora_client import Attempt, Event, LogLine
 
 Follow = Annotated[
     bool, typer.Option("--follow", "-f", help="Go on with what comes, until the job is over.")
 ]
 AfterNumber = Annotated[int, typer.Option("--after", min=0, help="Number of the last one seen.")]
+
+Entry = TypeVar("Entry", Event, LogLine)
 
 CURVES = ("loss", "learning_rate", "sigma", "grad_norm", "tokens_per_second", "token_accuracy")
 YES_OR_NO = {True: "yes", False: "no", None: ""}
@@ -37,18 +39,14 @@ def events(
     job_id: JobId, after: AfterNumber = 0, follow: Follow = False, as_json: AsJson = False
 ) -> None:
     """Show what happened to a job. With --follow, --json prints one event a line."""
+
+    def line(event: Event) -> str:
+        at = f"{event.at:%Y-%m-%d %H:%M:%S}" if event.at else ""
+        return f"{event.seq:>4}  {at}  {event.type:<18} {event.message}"
+
     with connected(as_json=as_json) as client, interruptible():
         found = client.jobs.events(job_id, after=after, follow=follow)
-        if as_json and not follow:
-            print_json({"items": [event.raw for event in found]})
-            return
-        for event in found:
-            if as_json:
-                print_json_line(event.raw)
-            else:
-                at = f"{event.at:%Y-%m-%d %H:%M:%S}" if event.at else ""
-                line = f"{event.seq:>4}  {at}  {event.type:<18} {event.message}"
-                out.print(line, markup=False, highlight=False)
+        _show(found, line, follow=follow, as_json=as_json)
 
 
 def logs(
@@ -57,14 +55,21 @@ def logs(
     """Show the trainer's log. With --follow, --json prints one entry a line."""
     with connected(as_json=as_json) as client, interruptible():
         found = client.jobs.logs(job_id, after=after, follow=follow)
-        if as_json and not follow:
-            print_json({"items": [line.raw for line in found]})
-            return
-        for line in found:
-            if as_json:
-                print_json_line(line.raw)
-            else:
-                out.print(line.text, markup=False, highlight=False)
+        _show(found, lambda entry: entry.text, follow=follow, as_json=as_json)
+
+
+def _show(
+    found: Iterable[Entry], line: Callable[[Entry], str], *, follow: bool, as_json: bool
+) -> None:
+    """As they come, or as one JSON document of them all."""
+    if as_json and not follow:
+        print_json({"items": [entry.raw for entry in found]})
+        return
+    for entry in found:
+        if as_json:
+            print_json_line(entry.raw)
+        else:
+            out.print(line(entry), markup=False, highlight=False)
 
 
 def metrics(

@@ -9,14 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import FormData, UploadFile
 
 from app.datasets.digests import CONTENT, WHOLE, announced, malformed
+from app.datasets.names import SUFFIXES, disposition_filename
 from app.datasets.repository import DatasetFilter
 from app.datasets.schemas import HASH, Dataset, DatasetPage
 from app.datasets.service import DatasetService
 from app.datasets.uploads import (
-    SUFFIXES,
     Upload,
     check_size,
-    disposition_filename,
     media_type,
     receive,
     refuse_encoding,

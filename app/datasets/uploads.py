@@ -13,9 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from starlette.datastructures import Headers
 
 from app.datasets.digests import compare
-from app.datasets.names import MAX_FILENAME_BYTES
-from app.datasets.names import SUFFIXES as SUFFIXES
-from app.datasets.names import disposition_filename as disposition_filename
+from app.datasets.names import MAX_FILENAME_BYTES, SUFFIXES
 from app.errors import InvalidRequest, TooLarge, UnsupportedMediaType
 from app.faults import Fault
 from app.settings import Settings

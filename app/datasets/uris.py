@@ -11,14 +11,13 @@ like. Each is taken apart here, and only its parts are passed on.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote
 
 from app.net.rules import Rules
 from app.net.urls import check_url, shown
 from app.settings import REMOTE_STORES, STORE_NAME, Settings
-from app.uris import HUB_ID, UriError, resolve_dataset_file
+from app.uris import UriError, is_hub_id, is_listed, resolve_dataset_file
 
 SCHEMES = ("file:", "dataset:", "https:", "s3:", "gs:", "az:", "hf:")
 MAX_KEY = 1024  # of S3
@@ -113,7 +112,7 @@ def hub_file(uri: str, settings: Settings) -> HubFile:
             "Write hf://datasets/org/name/rows.jsonl, or with a commit, tag or branch "
             "hf://datasets/org/name@revision/rows.jsonl; a / in a revision is written %2F.",
         )
-    if not _is_listed(match["repo"], settings.hub_datasets):
+    if not is_listed(match["repo"], settings.hub_datasets):
         listed = ", ".join(settings.hub_datasets) or "none"
         raise UriError(
             "dataset_not_allowed",
@@ -131,17 +130,11 @@ def is_path(text: str) -> bool:
 
 
 def _is_hub_file(repo: str, revision: str | None, path: str) -> bool:
-    is_repo = HUB_ID.fullmatch(repo) and ".." not in repo and "--" not in repo
     is_revision = revision is None or (REVISION.fullmatch(revision) and ".." not in revision)
-    return bool(is_repo and is_revision and is_path(path) and not re.search(r"[?#*]", path))
+    return bool(is_hub_id(repo) and is_revision and is_path(path) and not re.search(r"[?#*]", path))
 
 
 def _matches(uri: str, pattern: str) -> bool:
     """``s3://team-*/rows`` is all below the folders rows of these buckets; no * spans a slash."""
     regex = re.escape(pattern.rstrip("/")).replace(r"\*", "[^/]*")
     return bool(re.fullmatch(rf"{regex}(?:/.*)?", uri))
-
-
-def _is_listed(name: str, patterns: Sequence[str]) -> bool:
-    regexes = [re.escape(pattern).replace(r"\*", ".*") for pattern in patterns]
-    return any(re.fullmatch(regex, name) for regex in regexes)

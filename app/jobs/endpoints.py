@@ -159,7 +159,7 @@ async def create_job(
     job, is_replay = await jobs.submit(body, idempotency_key, request_id=request.state.request_id)
     note_change(request, None if is_replay else job.id)
     response.headers.update(_of_new(job, request, is_replay=is_replay))
-    _wake(request, background)
+    wake_workers(request, background)
     return job
 
 
@@ -170,7 +170,7 @@ def _of_new(job: Job, request: Request, *, is_replay: bool) -> dict[str, str]:
     return {"Location": location, "Retry-After": RETRY_SECONDS[False], **replayed}
 
 
-def _wake(request: Request, background: BackgroundTasks) -> None:
+def wake_workers(request: Request, background: BackgroundTasks) -> None:
     """Let the workers hear of what has been queued, after the commit and the answer."""
     if wakes := request.state.wakes:
         background.add_task(_nudge, wakes)
@@ -281,7 +281,7 @@ async def resume_job(
 ) -> Job:
     """Repeatable. It waits in the queue again, and goes on from its last checkpoint."""
     job = await jobs.resume(job_id)
-    _wake(request, background)
+    wake_workers(request, background)
     return job
 
 
@@ -313,7 +313,7 @@ async def retry_job(
     job, is_replay = await jobs.retry(job_id, idempotency_key, request_id=request.state.request_id)
     note_change(request, None if is_replay else job.id)
     response.headers.update(_of_new(job, request, is_replay=is_replay))
-    _wake(request, background)
+    wake_workers(request, background)
     return job
 
 

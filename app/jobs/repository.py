@@ -21,7 +21,7 @@ from app.db import now
 from app.devices import count
 from app.ids import is_id
 from app.jobs.events import FIRST_EVENT, event
-from app.jobs.states import Status, may_move
+from app.jobs.states import TERMINAL, Status, may_move
 from app.outbox import WAKE_NOW, wake
 from app.quotas.usage import USED, keep_usage
 from app.scope import PROJECT
@@ -30,7 +30,6 @@ from app.tables import EventRow, IdempotencyRow, JobRow, LogRow, MetricRow, Work
 WAITING = [s for s in Status if may_move(s, Status.CANCELLED) and not s.is_held]
 STOPPABLE = [s for s in Status if may_move(s, Status.CANCELLING)]
 PAUSABLE = [s for s in Status if may_move(s, Status.PAUSING)]
-TERMINAL = [s for s in Status if s.is_terminal]
 PAUSE_MESSAGES = {
     Status.PAUSED: "The job was paused while it waited.",
     Status.PAUSING: "The trainer was asked to write a checkpoint and stop.",

@@ -51,6 +51,10 @@ def may_move(origin: Status, target: Status) -> bool:
     return target in TRANSITIONS[origin]
 
 
+TERMINAL = [status for status in Status if status.is_terminal]
+HELD = [status for status in Status if status.is_held]
+
+
 class Phase(StrEnum):
     """Where a running job is."""
 

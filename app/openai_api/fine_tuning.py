@@ -22,7 +22,7 @@ from app.errors import (
     UnsupportedMediaType,
 )
 from app.faults import Fault
-from app.jobs.endpoints import IdempotencyKey, Reading, Writing
+from app.jobs.endpoints import IdempotencyKey, Reading, Writing, wake_workers
 from app.jobs.schemas import LABEL_NAME
 from app.openai_api.creation import native
 from app.openai_api.errors import bad_cursor, refusals
@@ -39,7 +39,6 @@ from app.openai_api.schemas import (
     FineTuningJobPage,
 )
 from app.openai_api.shape import PREFIX
-from app.periodic import Periodic
 
 router = APIRouter(prefix=f"{PREFIX}/fine_tuning/jobs", tags=["openai"])
 
@@ -119,7 +118,7 @@ async def create_fine_tuning_job(
     note_change(request, None if was_there else job.id)
     if was_there:
         response.headers["Idempotent-Replayed"] = "true"
-    _wake(request, background)
+    wake_workers(request, background)
     return present_job(await jobs.row(job.id))
 
 
@@ -192,7 +191,7 @@ async def resume_fine_tuning_job(
 ) -> FineTuningJob:
     """Repeatable. It goes on from its last checkpoint."""
     job = await jobs.resume(fine_tuning_job_id)
-    _wake(request, background)
+    wake_workers(request, background)
     return present_job(await jobs.row(job.id))
 
 
@@ -255,13 +254,3 @@ async def list_fine_tuning_checkpoints(
         last_id=checkpoints[-1].id if checkpoints else None,
         has_more=len(rows) > len(shown),
     )
-
-
-def _wake(request: Request, background: BackgroundTasks) -> None:
-    if wakes := request.state.wakes:
-        background.add_task(_nudge, wakes)  # after the commit and the answer
-
-
-async def _nudge(wakes: Periodic) -> None:
-    """Not as a plain function: that would take a thread of its own."""
-    wakes.nudge()

@@ -9,11 +9,10 @@ from sqlalchemy import select, text, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import defer
 
-from app import tables
 from app.jobs.states import Status
-from app.tables import DatasetRow, EventRow, JobRow, MetricRow
+from app.tables import HAS_ADAPTER, DatasetRow, EventRow, JobRow, MetricRow
 
-HAS_ADAPTER = (JobRow.status == Status.SUCCEEDED, text(tables.HAS_ADAPTER))
+FINISHED = (JobRow.status == Status.SUCCEEDED, text(HAS_ADAPTER))
 Metrics = Mapping[tuple[str, int], Mapping[str, Any]]
 """By series and step."""
 
@@ -41,7 +40,7 @@ class OpenAIRepository:
         self, *, limit: int, after: str | None, is_ascending: bool
     ) -> Sequence[JobRow]:
         """Jobs that have one, by the time of their submission."""
-        statement = select(JobRow).where(*HAS_ADAPTER).options(defer(JobRow.report)).limit(limit)
+        statement = select(JobRow).where(*FINISHED).options(defer(JobRow.report)).limit(limit)
         if is_ascending:
             statement = statement.order_by(JobRow.id)
         else:
@@ -54,7 +53,7 @@ class OpenAIRepository:
         """Id, project and end of every job that has one, newest first."""
         statement = (
             select(JobRow.id, JobRow.project, JobRow.finished_at)
-            .where(*HAS_ADAPTER)
+            .where(*FINISHED)
             .order_by(JobRow.created_at.desc(), JobRow.id.desc())
         )
         found = await self._session.execute(statement)

@@ -6,8 +6,7 @@ from sqlalchemy import Select, Update, func, select, union, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.sql.dml import Insert, ReturningUpdate
 
-from app.jobs.states import Status
-from app.quotas.usage import HELD
+from app.jobs.states import HELD, Status
 from app.tables import ApiKeyRow, DatasetRow, JobRow, ProjectRow
 
 

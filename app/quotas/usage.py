@@ -6,10 +6,9 @@ from sqlalchemy import ColumnElement, Insert, Row, func, insert, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.db import now
-from app.jobs.states import Status
+from app.jobs.states import HELD, Status
 from app.tables import DatasetRow, JobRow, UploadRow, UsageRow
 
-HELD = [status for status in Status if status.is_held]
 WINDOW_DAYS = 30
 WINDOW_SECONDS = WINDOW_DAYS * 24 * 3600
 

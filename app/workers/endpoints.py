@@ -5,7 +5,7 @@ from sqlalchemy import select
 
 from app.db import ReadSession, now
 from app.errors import Unauthenticated
-from app.jobs.states import Status
+from app.jobs.states import HELD
 from app.problems import problems
 from app.tables import JobRow, WorkerRow
 from app.workers.schemas import Slot, Worker, WorkerList
@@ -21,9 +21,8 @@ async def list_workers(request: Request, session: ReadSession) -> WorkerList:
     rows = await session.execute(select(WorkerRow, is_lost).order_by(WorkerRow.name))
     found = rows.all()
     names = [slot["name"] for worker, _ in found for slot in worker.slots]
-    held = [status for status in Status if status.is_held]
     jobs = await session.execute(
-        select(JobRow.worker, JobRow.id).where(JobRow.status.in_(held), JobRow.worker.in_(names))
+        select(JobRow.worker, JobRow.id).where(JobRow.status.in_(HELD), JobRow.worker.in_(names))
     )
     running = {job.worker: job.id for job in jobs}
     return WorkerList(items=[_present(worker, lost, running) for worker, lost in found])

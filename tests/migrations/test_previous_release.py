@@ -22,7 +22,8 @@ from tests.worker.jobs import (
     outbox,
     row,
 )
-from worker.claims import Claims, LeaseLost
+from worker.claims import Claims
+from worker.lease import LeaseLost
 from worker.registry import Registry
 
 

@@ -12,7 +12,8 @@ from app.ids import new_id
 from app.jobs.schemas import JobCreate
 from app.jobs.states import Status
 from app.tables import EventRow, JobRow, OutboxRow
-from worker.claims import Claims, Lease
+from worker.claims import Claims
+from worker.lease import Lease
 
 Json = dict[str, Any]
 

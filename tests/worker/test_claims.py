@@ -23,7 +23,8 @@ from tests.worker.jobs import (
     row,
     seconds_from_now,
 )
-from worker.claims import RECOVERIES_LIMIT, Claims, Lease, LeaseLost
+from worker.claims import RECOVERIES_LIMIT, Claims
+from worker.lease import Lease, LeaseLost
 from worker.progress import Progress, upsert_metric
 
 WRITES: dict[str, Callable[[Claims, Lease], object]] = {

@@ -17,9 +17,10 @@ from app.storage import ArtifactStore, sha256_of
 from app.tables import DatasetRow
 from tests.app.service import make_model
 from tests.worker.jobs import add_job, change, claimed, make_spec, row
-from worker.claims import Claims, Lease, LeaseLost
+from worker.claims import Claims
 from worker.fetch import Fetcher
 from worker.inputs import pinned, read_job
+from worker.lease import Lease, LeaseLost
 from worker.remote import Arrived, Order
 from worker.training.config import TrainingJob
 from worker.training.errors import BaseModelUnavailable, DatasetUnavailable

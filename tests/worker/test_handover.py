@@ -15,8 +15,9 @@ from sqlalchemy.exc import OperationalError
 from app.storage import ArtifactStore, Damaged
 from tests.system.service import until
 from tests.worker.jobs import add_job, change, claimed, row
-from worker.claims import Claims, Lease
+from worker.claims import Claims
 from worker.handover import Handover, checkpoint_folder, newest_step, restore
+from worker.lease import Lease
 
 
 def write_checkpoint(folder: Path, step: int, content: bytes = b"") -> Path:

@@ -13,7 +13,8 @@ from app.jobs.states import Status
 from app.tables import LogRow
 from tests.worker.jobs import add_job, claimed, row
 from worker import log_tail
-from worker.claims import Claims, Lease
+from worker.claims import Claims
+from worker.lease import Lease
 from worker.log_tail import LINE_CHARACTERS, LogTail
 from worker.progress import Progress
 

@@ -44,7 +44,8 @@ from tests.worker.jobs import (
     row,
     seconds_from_now,
 )
-from worker.claims import Claims, Lease
+from worker.claims import Claims
+from worker.lease import Lease
 from worker.registry import Registry
 from worker.slot import Slot
 

@@ -12,7 +12,7 @@ from structlog.typing import EventDict
 
 from app.storage import Damaged, Outage
 from worker import patience
-from worker.claims import LeaseLost
+from worker.lease import LeaseLost
 from worker.patience import until_stored, until_written
 
 AWAY = [

@@ -24,7 +24,8 @@ from tests.worker.jobs import (
     outbox,
     row,
 )
-from worker.claims import Claims, Lease, LeaseLost
+from worker.claims import Claims
+from worker.lease import Lease, LeaseLost
 from worker.slot import Bench, Slot
 
 ROWS = '{"prompt": "1", "completion": "1"}\n'

@@ -16,7 +16,8 @@ from app.db import make_engine, now
 from app.jobs.states import Status
 from app.tables import JobRow
 from tests.worker.jobs import add_job, add_jobs, change, claimed, row
-from worker.claims import Claims, Lease
+from worker.claims import Claims
+from worker.lease import Lease
 
 
 def projects(engine: Engine, leases: Sequence[Lease]) -> list[str]:

@@ -22,7 +22,8 @@ from app.tables import JobRow
 from tests.faults.procs import is_alive
 from tests.system.service import until
 from tests.worker.jobs import add_job, change, claimed, count, make_spec, row, seconds_from_now
-from worker.claims import Claims, Lease
+from worker.claims import Claims
+from worker.lease import Lease
 from worker.process import TrainerProcess
 from worker.progress import Progress
 from worker.watch import Stop, Watch
