@@ -19,9 +19,10 @@ from worker.pipe import Message, read_messages
 PASSED_ON = (
     "CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "FLATLORA_EXECUTION_LOG", "FLATLORA_FAILPOINTS",
     "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH",
-    "MKL_NUM_THREADS", "NCCL_DEBUG", "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE",
-    "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PATH", "TMPDIR", "TZ",
+    "MKL_NUM_THREADS", "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PATH", "TMPDIR", "TZ",
 )  # fmt: skip
+# How the names begin of what an operator sets for the exchange between GPUs.
+EXCHANGE = ("NCCL_", "NVSHMEM_", "TORCH_SYMM_MEM_")
 FIXED = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matmuls on CUDA
@@ -141,9 +142,10 @@ class TrainerProcess:
 
 def _environment(task: Task) -> dict[str, str]:
     names = PASSED_ON + FETCHING.get(task, ())
-    passed = {name: os.environ[name] for name in names if name in os.environ}
-    if task == "bucket":
-        passed |= {name: text for name, text in os.environ.items() if name.startswith(CLOUDS)}
+    begins = EXCHANGE + (CLOUDS if task == "bucket" else ())
+    passed = {
+        name: text for name, text in os.environ.items() if name in names or name.startswith(begins)
+    }
     return passed | FIXED | ({} if FETCHING.get(task) is HUB else OFFLINE)
 
 
