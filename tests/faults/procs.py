@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.system.service import until
+from tests.waiting import until
 
 # What is started becomes its own command after this: killed when the tests die, and nobody's root.
 BOUND = """

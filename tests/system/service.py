@@ -5,19 +5,19 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx2
+
+from tests.waiting import until as until
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 TERMINAL = {"succeeded", "failed", "cancelled"}
 
 Json = dict[str, Any]
-Value = TypeVar("Value")
 
 
 def example_job(**more: Any) -> Json:
@@ -31,16 +31,6 @@ def example_job(**more: Any) -> Json:
         "data": {"max_length": 192},
         **more,
     }
-
-
-def until(look: Callable[[], Value], *, seconds: float = 60, every: float = 0.05) -> Value:
-    """The first true value of a condition; fails when it does not come."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if value := look():
-            return value
-        time.sleep(every)
-    raise AssertionError(f"not within {seconds} s: {look}")
 
 
 def processes(*words: str) -> list[int]:

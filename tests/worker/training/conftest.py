@@ -53,7 +53,7 @@ def make_tokenizer(template: str = MARKED) -> PreTrainedTokenizerFast:
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     tokenizer = make_tokenizer()
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(
             LlamaConfig(

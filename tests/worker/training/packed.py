@@ -39,7 +39,7 @@ def make_model(family: str) -> PreTrainedModel:
         pad_token_id=0,
         max_position_embeddings=128,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=torch.float64

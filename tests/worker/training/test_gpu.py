@@ -83,6 +83,8 @@ def test_killed_twenty_times_it_makes_the_same_adapter(make_job: Make, tmp_path:
             assert found == folder_bytes(tmp_path / "unbroken" / "adapter"), f"seed {seed}"
 
 
+# bitsandbytes says so of each 4-bit layer whose width is not a multiple of 64, as ours.
+@pytest.mark.filterwarnings("ignore:inner dimension:UserWarning")
 @pytest.mark.parametrize(
     "training",
     [
@@ -108,7 +110,7 @@ def test_the_finished_adapter_passes_its_check(
 def adapted(family: str, device: torch.device, dtype: torch.dtype) -> PeftModel:
     """Weights so large that what attention does shows in the loss, in float64 on the CPU."""
     base = make_model(family)
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(2)
         for parameter in base.parameters():
             if parameter.dim() > 1:
@@ -120,7 +122,7 @@ def adapted(family: str, device: torch.device, dtype: torch.dtype) -> PeftModel:
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
     model = get_peft_model(base, config)
     assert isinstance(model, PeftModel)
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(3)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -182,7 +184,7 @@ def small_gpu() -> Iterator[Callable[[int], None]]:
     torch.cuda.set_per_process_memory_fraction(1.0)
 
 
-LONG = [chat(f"Say {n} again and again.", f"{n} " * 25) for n in range(200)]
+LONG = [chat(f"Say {n} again and again.", f"{n} " * 25) for n in range(600)]
 
 
 class TestMemory:
@@ -190,9 +192,13 @@ class TestMemory:
         self, make_job: Make, tmp_path: Path, small_gpu: Callable[[int], None]
     ) -> None:
         """And an attempt that goes on from its checkpoint computes as it did."""
-        training = {"micro_batch_size": None, "batch_size": 64, "packing": False}
+        training = {"micro_batch_size": None, "batch_size": 500, "packing": False}
         job = make_job(rows=LONG, training=training)
-        small_gpu(48 << 20)
+        recorder = Recorder()
+        run(job, tmp_path / "roomy", recorder, recorder)
+        planned = recorder.data_of("job.planned")
+        assert planned
+        small_gpu(int(0.6 * planned["peak_bytes"]))
         recorder = Recorder()
         result = run(job, tmp_path / "unbroken", recorder, recorder)
         assert "job.replanned" in [type_ for type_, _ in recorder.events]

@@ -19,7 +19,7 @@ IDS = torch.arange(2 * 9).view(2, 9)
 
 
 def make_model(dtype: torch.dtype = torch.float64, **options: Any) -> PeftModel:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         base = LlamaForCausalLM(
             LlamaConfig(

@@ -53,7 +53,7 @@ PLAN = Plan(max_length=ROW, micro_batch_size=2)
 
 
 def adapted(config: Any, lora: Lora, dtype: torch.dtype) -> PeftModel:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         base = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
         base.requires_grad_(False)
