@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -249,6 +250,9 @@ class Objects:
 
     async def open(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
         """The bytes from start up to, not including, end. Raises ``FileNotFoundError`` at once."""
+        if folder := self._folder:  # obstore takes ten times the work to hand out a file
+            file = await asyncio.to_thread(_open, folder / key, start, end)
+            return _portions(file, end - start)
         with outages():
             async with asyncio.timeout(ANSWER_SECONDS):
                 found = await obstore.get_async(self.raw, key, options={"range": (start, end)})
@@ -308,6 +312,36 @@ def sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _open(path: Path, start: int, end: int) -> FileIO:
+    """A file of a folder, at its byte ``start``. Raises ``FileNotFoundError``."""
+    try:
+        file = FileIO(path)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise Outage(error.errno, f"{path} cannot be read: {error.strerror}") from error
+    size = file.seek(0, os.SEEK_END)
+    if size < end:
+        file.close()
+        raise Outage(f"{path} has {size} bytes; at least {end} were expected")
+    file.seek(start)
+    return file
+
+
+async def _portions(file: FileIO, left: int) -> AsyncIterator[bytes]:
+    """The next bytes of a file, which is closed at the end."""
+    with file:
+        while left:
+            try:
+                chunk = await asyncio.to_thread(file.read, min(left, CHUNK))
+            except OSError as error:
+                raise Outage(error.errno, f"{file.name} cannot be read") from error
+            if not chunk:
+                raise Outage(f"{file.name} has become shorter")
+            left -= len(chunk)
+            yield chunk
 
 
 async def _chunks(found: "GetResult") -> AsyncIterator[bytes]:

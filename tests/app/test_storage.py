@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from app.objects import PART
-from app.storage import ArtifactStore, Changed, Damaged, Freed, make_private
+from app.storage import ArtifactStore, Changed, Damaged, Freed, Outage, make_private
 from tests.app.stored import Stored
 
 ROWS = b'{"prompt": "1 + 1", "completion": "2"}\n' * 1000
@@ -176,6 +176,12 @@ class TestFetch:
     def test_opening_what_is_gone_is_an_error_at_once(self, stored: Stored) -> None:
         with pytest.raises(Damaged, match=f"{DIGEST} is gone"):
             asyncio.run(stored.store.open(DIGEST, 0, 1))
+
+    def test_opening_what_is_torn_is_an_error_at_once(self, stored: Stored, source: Path) -> None:
+        stored.store.put_file(source)
+        stored.damage(BLOB, b"")
+        with pytest.raises(Outage):
+            asyncio.run(stored.store.open(DIGEST, 0, len(ROWS)))
 
 
 class TestManifest:
