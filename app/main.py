@@ -81,12 +81,14 @@ def relay(settings: Settings) -> Iterator[Periodic | None]:
         yield None
         return
     from app.broker import make_celery  # a laptop's service starts without Celery
-    from app.outbox import Relay
+    from app.outbox import GATHER_SECONDS, Relay
 
     engine = make_engine(settings.database, answer_seconds=ANSWER_SECONDS)
     sender = Relay(engine, make_celery(settings.broker_url))
     try:
-        with Periodic("relay", settings.relay_seconds, sender.send_due) as wakes:
+        with Periodic(
+            "relay", settings.relay_seconds, sender.send_due, gather_seconds=GATHER_SECONDS
+        ) as wakes:
             yield wakes
     finally:
         engine.dispose()

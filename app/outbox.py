@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from celery import Celery
 
 BATCH = 200
+GATHER_SECONDS = 0.05
+"""From a job's coming in to its wake-up: one transaction then sends those of all that came."""
 
 
 def wake(job_id: str, after_seconds: float = 0) -> Insert:

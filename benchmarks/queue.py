@@ -2,9 +2,9 @@
 
     python -m benchmarks.queue [--queued 10000] [--requests 1000] [--projects 20]
 
-Starts a throw-away Postgres and the API. A request's time is measured by one client that keeps its
-connection; the kinds and the two lengths of the queue take turns, so that a slow moment of the
-machine meets all of them. The bare handlers are FastAPI routes that insert or select one row
+Starts a throw-away Postgres, a Redis and the API. A request's time is measured by one client that
+keeps its connection; the kinds and the two lengths of the queue take turns, so that a slow moment
+of the machine meets all of them. The bare handlers are FastAPI routes that insert or select one row
 through SQLAlchemy, on the same database. Ends with 1 if a job was claimed twice or a request
 failed.
 """
@@ -36,7 +36,7 @@ from app.jobs.states import Status
 from app.migrate import upgrade
 from app.tables import DEFAULT_PROJECT, JobRow
 from tests.faults.procs import reserve_port
-from tests.faults.servers import PostgresServer
+from tests.faults.servers import PostgresServer, RedisServer
 from tests.system.service import EXAMPLES, until
 from worker.claims import Claims
 
@@ -257,7 +257,11 @@ def main() -> int:
     parser.add_argument("--projects", type=int, default=20)
     parser.add_argument("--json", type=Path, help="also write the numbers here")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, PostgresServer(Path(folder) / "pg") as postgres:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        PostgresServer(Path(folder) / "pg") as postgres,
+        RedisServer(Path(folder)) as redis,
+    ):
         Path(folder).chmod(0o755)
         url = postgres.url().replace("postgresql:", "postgresql+psycopg:")
         upgrade(url)
@@ -268,9 +272,8 @@ def main() -> int:
             "FLATLORA_API_KEY": KEY,
             "FLATLORA_DATASET_ROOTS": str(EXAMPLES),
             "FLATLORA_MODEL_ROOTS": str(EXAMPLES),
-            # Wake-ups are written, as in a cluster; nobody listens, so they stay in the outbox.
-            "FLATLORA_BROKER_URL": "redis://127.0.0.1:1/0",
-            "FLATLORA_RELAY_SECONDS": "3600",
+            # Wake-ups are written and sent, as in a cluster; no worker hears them.
+            "FLATLORA_BROKER_URL": redis.url(),
             "FLATLORA_LOG_LEVEL": "warning",
         }
         ours = Api("app.main:make_app", ports[0].getsockname()[1], environment)

@@ -2,6 +2,8 @@
 
 A claim raises the row's fence. Every later write carries that fence and the condition that the
 job is still held; it changes nothing, and raises ``LeaseLost``, once another attempt has begun.
+
+A little over 400 lines: whoever wonders how a worker may move a job finds all of it here.
 """
 
 import random

@@ -4,7 +4,7 @@ import hashlib
 import tarfile
 
 from app.adapters.content import Blob, Content
-from app.jobs.schemas import Adapter
+from app.jobs.answers import Adapter
 
 FOLDER = "adapter"
 END = 2 * tarfile.BLOCKSIZE

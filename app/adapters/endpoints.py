@@ -17,7 +17,7 @@ from app.errors import (
     StoreUnavailable,
     Unauthenticated,
 )
-from app.jobs.schemas import Adapter, AdapterFile
+from app.jobs.answers import Adapter, AdapterFile
 from app.jobs.service import JobService
 from app.jobs.states import Status
 from app.problems import problems

@@ -5,7 +5,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, Field
 
-from app.jobs.schemas import AdapterFile
+from app.jobs.answers import AdapterFile
 
 
 class AdapterMetrics(BaseModel):

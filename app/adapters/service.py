@@ -8,8 +8,8 @@ from app.adapters.repository import AdapterRepository
 from app.adapters.schemas import AdapterMetrics, AdapterPage, FinishedAdapter, StoredFile
 from app.cursors import cursor_of, place_of
 from app.errors import AdapterNotFound
+from app.jobs.answers import Adapter
 from app.jobs.repository import JobFilter
-from app.jobs.schemas import Adapter
 from app.tables import JobRow
 
 

@@ -31,15 +31,10 @@ from app.errors import (
 )
 from app.etags import names
 from app.faults import Fault
+from app.jobs.answers import Job, JobPage, MetricSeries
 from app.jobs.following import LONGEST_WAIT_SECONDS, look, wait_for_change
 from app.jobs.repository import JobFilter
-from app.jobs.schemas import (
-    LABEL_NAME,
-    Job,
-    JobCreate,
-    JobPage,
-    MetricSeries,
-)
+from app.jobs.schemas import LABEL_NAME, JobCreate
 from app.jobs.service import JobService
 from app.jobs.states import Status
 from app.periodic import Periodic

@@ -16,8 +16,8 @@ from app.changes import Changes
 from app.db import transaction
 from app.errors import DatabaseUnavailable, JobNotFound
 from app.etags import names
+from app.jobs.answers import Event, Job
 from app.jobs.records import JobRecords, News
-from app.jobs.schemas import Event, Job
 from app.jobs.service import JobService
 
 LONGEST_WAIT_SECONDS = 60

@@ -9,10 +9,10 @@ from pydantic import Field
 from app.db import ReadSession
 from app.errors import InvalidRequest, JobNotFound, Unauthenticated
 from app.etags import prefers
+from app.jobs.answers import CheckpointPage, EventPage, LogPage
 from app.jobs.endpoints import BIGGEST, Page, Reading
 from app.jobs.following import EventStream
 from app.jobs.records import JobRecords
-from app.jobs.schemas import CheckpointPage, EventPage, LogPage
 from app.problems import problems
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])

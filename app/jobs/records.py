@@ -7,8 +7,8 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.errors import JobNotFound
+from app.jobs.answers import Checkpoint, CheckpointPage, Event, LogLine, LogPage
 from app.jobs.repository import JobRepository
-from app.jobs.schemas import Checkpoint, CheckpointPage, Event, LogLine, LogPage
 from app.jobs.states import Status
 from app.tables import EventRow, JobRow
 

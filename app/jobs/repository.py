@@ -9,22 +9,21 @@ from sqlalchemy import (
     Select,
     case,
     delete,
-    insert,
     select,
     tuple_,
     update,
 )
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session, defer
+from sqlalchemy.orm import defer
 
 from app.db import now
 from app.devices import count
 from app.ids import is_id
-from app.jobs.events import FIRST_EVENT, event
+from app.jobs.events import event
 from app.jobs.states import TERMINAL, Status, may_move
-from app.outbox import WAKE_NOW, wake
+from app.jobs.submission import add_job
+from app.outbox import wake
 from app.quotas.usage import USED, keep_usage
-from app.scope import PROJECT
 from app.tables import EventRow, IdempotencyRow, JobRow, LogRow, MetricRow, WorkerRow
 
 WAITING = [s for s in Status if may_move(s, Status.CANCELLED) and not s.is_held]
@@ -38,16 +37,6 @@ CANCEL_MESSAGES = {
     Status.CANCELLED: "The job was cancelled before it ran.",
     Status.CANCELLING: "The trainer was asked to stop.",
 }
-
-
-ACCEPTED = "The job was accepted."
-NEW = {"attempt": 0, "fence": 0, "runtime": 0.0, "recoveries": 0, "step": 0}
-# Built once and run without the ORM: a submission waits for it.
-ADD = (
-    insert(JobRow)
-    .values(created_at=now(), updated_at=now(), **NEW)
-    .returning(JobRow.created_at, JobRow.updated_at)
-)
 
 
 @dataclass(frozen=True)
@@ -66,28 +55,12 @@ class JobRepository:
         self._session = session
         self._wakes = wakes
 
-    async def add(self, *, waits: float | None = None, **values: Any) -> JobRow:
-        """A new job, its first event and its wake-up, as rows and as they are read again.
+    async def add(self, *, waits: float | None = None, **values: Any) -> tuple[JobRow, int | None]:
+        """A new job, its first event and its wake-up; and how many jobs are ahead of it.
 
         ``waits``: for so many seconds at most, in the queue.
         """
-        statement = ADD.values(queue_deadline=now(waits)) if waits else ADD
-        values["project"] = self._session.sync_session.info[PROJECT]
-        again = {"retried_from": earlier} if (earlier := values.get("retried_from")) else {}
-        first = {
-            "job_id": values["id"], "type": "job.queued", "message": ACCEPTED, "data": again,
-        }  # fmt: skip
-        wakes = self._wakes
-
-        def run(session: Session) -> JobRow:
-            connection = session.connection()
-            made = connection.execute(statement, values).one()
-            connection.execute(FIRST_EVENT, first)
-            if wakes:
-                connection.execute(WAKE_NOW, {"job_id": values["id"]})
-            return JobRow(**NEW, **values, created_at=made.created_at, updated_at=made.updated_at)
-
-        return await self._session.run_sync(run)
+        return await add_job(self._session, values, waits=waits, wakes=self._wakes)
 
     async def tell(self, job_id: str, type_: str, message: str, **data: Any) -> None:
         """Add an event to a job that this transaction has written."""

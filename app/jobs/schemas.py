@@ -1,11 +1,8 @@
-"""The wire types of a job: shapes and ranges only; rules that need the world are in service.py."""
+"""What may be asked of a job: shapes and ranges only; rules that need the world: service.py."""
 
-from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-
-from app.jobs.states import Phase, Reason, Status
 
 MAX_RANK = 1024
 MAX_SIGMA = 1.0
@@ -292,112 +289,3 @@ class JobCreate(Body):
         if lora.alpha is None:
             lora = lora.model_copy(update={"alpha": 2.0 * self.rank})
         return self.model_copy(update={"training": training, "lora": lora})
-
-
-class Failure(BaseModel):
-    reason: Reason
-    message: str
-    hint: str | None
-    yours_to_fix: bool = Field(description="False where the same job may succeed when run again.")
-
-
-class AdapterFile(BaseModel):
-    name: str
-    size: int
-    sha256: str
-
-
-class Adapter(BaseModel):
-    files: list[AdapterFile]
-    size: int
-
-
-class JobSummary(BaseModel):
-    """A job as a list shows it: all but the report, which holds a whole row of the data."""
-
-    id: str
-    name: str | None
-    labels: dict[str, str]
-    status: Status
-    phase: Phase | None
-    queue_position: int | None = Field(
-        description="Jobs of the same project that will start before this one; counted to 1000."
-    )
-    step: int
-    total_steps: int | None
-    progress: dict[str, Any] | None
-    attempt: int
-    retried_from: str | None = Field(description="The job that this one does again.")
-    failure: Failure | None
-    spec: JobCreate = Field(description="The job as asked for, every default written out.")
-    result: dict[str, Any] | None = Field(description="Held-out loss before and after, and more.")
-    adapter: Adapter | None
-    created_at: datetime
-    updated_at: datetime
-    started_at: datetime | None
-    finished_at: datetime | None
-
-
-class Job(JobSummary):
-    report: dict[str, Any] | None = Field(description="The preflight report on the data.")
-
-
-class JobPage(BaseModel):
-    items: list[JobSummary]
-    next: str | None = Field(description="Cursor of the next page: pass it as `after`.")
-
-
-class Event(BaseModel):
-    seq: int
-    at: datetime
-    type: str
-    message: str
-    data: dict[str, Any]
-
-
-class EventPage(BaseModel):
-    items: list[Event]
-    next: int = Field(
-        description="Pass it as `after` for what comes next, also where nothing has come yet."
-    )
-
-
-class LogLine(BaseModel):
-    seq: int
-    at: datetime = Field(description="When the worker has read it.")
-    text: str
-
-
-class LogPage(BaseModel):
-    items: list[LogLine]
-    next: int = Field(
-        description="Pass it as `after` for what comes next, also where nothing has come yet."
-    )
-
-
-class Checkpoint(BaseModel):
-    step: int
-    loss: float | None = Field(description="Of that training step.")
-    held_out_loss: float | None = Field(description="Where the step was evaluated too.")
-    size: int | None
-    verified: bool | None = Field(
-        description="Its files were read back and are what was written; false: it is not used."
-    )
-    kept: bool = Field(description="It is still there for the job to go on from.")
-    created_at: datetime
-
-
-class CheckpointPage(BaseModel):
-    items: list[Checkpoint]
-    next: int | None = Field(description="Where more follows: pass it as `after`.")
-
-
-class Metric(BaseModel):
-    step: int
-    series: Literal["train", "held_out"]
-    data: dict[str, Any]
-
-
-class MetricSeries(BaseModel):
-    items: list[Metric]
-    next: int | None = Field(description="Where more follows: pass it as `since_step`.")

@@ -23,20 +23,20 @@ from app.errors import (
 )
 from app.faults import Fault
 from app.ids import is_id, new_id
-from app.jobs.places import place, places, with_place
-from app.jobs.repository import JobFilter, JobRepository
-from app.jobs.schemas import (
+from app.jobs.answers import (
     Adapter,
     Event,
     EventPage,
     Failure,
     Job,
-    JobCreate,
     JobPage,
     JobSummary,
     Metric,
     MetricSeries,
 )
+from app.jobs.places import place, places, with_place
+from app.jobs.repository import JobFilter, JobRepository
+from app.jobs.schemas import JobCreate
 from app.jobs.states import Reason, Status
 from app.net.rules import Rules
 from app.net.urls import check_url
@@ -85,10 +85,10 @@ class JobService:
                 faults=faults,
             )
 
-        async def add() -> JobRow:
-            row = await self._jobs.add(**_new_row(spec), request_id=request_id, **more)
+        async def add() -> tuple[JobRow, int | None]:
+            row, ahead = await self._jobs.add(**_new_row(spec), request_id=request_id, **more)
             await self._tell_if_too_large(row)
-            return row
+            return row, ahead
 
         return await self._once(key, digest, add)
 
@@ -96,7 +96,7 @@ class JobService:
         self,
         key: str | None,
         digest: str,
-        make: Callable[[], Awaitable[JobRow]],
+        make: Callable[[], Awaitable[tuple[JobRow, int | None]]],
         *,
         is_new: bool = True,
     ) -> tuple[Job, bool]:
@@ -104,7 +104,7 @@ class JobService:
             if is_new:
                 await Quotas(self._session, self._settings).admit_job()
             async with self._session.begin_nested() if key else nullcontext():
-                row = await make()
+                row, ahead = await make()
                 if key:
                     await self._jobs.remember(key, digest, row.id)
         except (IntegrityError, QuotaExceeded):
@@ -112,7 +112,7 @@ class JobService:
             if key and (earlier := await self._replay(key, digest)):
                 return earlier, True
             raise
-        return await self._present(row), False
+        return Job(**_summary(row, ahead), report=row.report), False
 
     async def retry(
         self, job_id: str, key: str | None, *, request_id: str | None = None
@@ -135,8 +135,8 @@ class JobService:
             )
         if running := await self._jobs.retry_of(job_id):
 
-            async def found() -> JobRow:
-                return running
+            async def found() -> tuple[JobRow, int | None]:
+                return running, await place(self._session, running.id)
 
             job, _ = await self._once(key, digest, found, is_new=False)
             return job, True

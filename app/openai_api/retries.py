@@ -7,8 +7,9 @@ from sqlalchemy import func, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.db import now
+from app.jobs.answers import Job
 from app.jobs.repository import JobRepository
-from app.jobs.schemas import Job, JobCreate
+from app.jobs.schemas import JobCreate
 from app.jobs.service import JobService
 from app.tables import IdempotencyRow
 

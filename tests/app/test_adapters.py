@@ -9,7 +9,7 @@ import pytest
 
 from app.adapters.archive import archive
 from app.adapters.content import Content
-from app.jobs.schemas import Adapter, AdapterFile
+from app.jobs.answers import Adapter, AdapterFile
 from app.jobs.states import Status
 from tests.app.service import FILES, Service, ok
 

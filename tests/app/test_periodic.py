@@ -9,7 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 from structlog.typing import EventDict
 
-from app.periodic import Periodic
+from app.periodic import RECOVERY_SECONDS, Periodic
 from tests.system.service import until
 
 
@@ -68,6 +68,35 @@ def test_one_that_fails_is_done_again_and_told_of_once(logged: list[EventDict]) 
         ("warning", "duty"),
         ("info", "duty"),
     ]
+
+
+def test_after_a_failure_nudges_wait() -> None:
+    """A broker that is away is not called once for each job that comes in."""
+    calls: list[float] = []
+
+    def duty() -> None:
+        calls.append(time.monotonic())
+        raise ConnectionError("away")
+
+    with Periodic("duty", 600, duty) as periodic:
+        until(lambda: calls, seconds=10)
+        for _ in range(20):
+            periodic.nudge()
+            time.sleep(0.01)
+        assert len(calls) == 1
+        until(lambda: len(calls) == 2, seconds=10)
+        assert calls[1] - calls[0] >= RECOVERY_SECONDS
+
+
+def test_one_run_serves_all_that_nudge_meanwhile() -> None:
+    calls: list[int] = []
+    with Periodic("duty", 600, lambda: calls.append(1), gather_seconds=0.2) as periodic:
+        until(lambda: calls, seconds=10)
+        for _ in range(10):
+            periodic.nudge()
+        until(lambda: len(calls) > 1, seconds=10)
+        time.sleep(0.5)
+    assert len(calls) == 2
 
 
 def test_it_ends_with_its_block() -> None:

@@ -8,6 +8,7 @@ import pytest
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from app.jobs.states import Status
 from app.tables import EventRow, JobRow
 from tests.app.service import Service, faults, make_model, ok
 
@@ -26,6 +27,22 @@ class TestAccepted:
         assert "idempotent-replayed" not in response.headers
         assert (job["status"], job["queue_position"]) == ("queued", 0)
         assert any_service.get(f"/jobs/{job['id']}") == job
+
+    def test_it_says_how_many_are_ahead_as_a_later_look_does(self, any_service: Service) -> None:
+        """Those of its project that wait, with its priority or a lower one; as GET counts them."""
+        ids = [any_service.submit(priority=priority)["id"] for priority in (5, 1, 5, 9, 5)]
+        any_service.set(ids[0], status=Status.RUNNING)
+        any_service.set(ids[4], project="another")
+        told = any_service.submit(priority=5)
+        assert told["queue_position"] == 2
+        assert any_service.get(f"/jobs/{told['id']}") == told
+        assert any_service.submit(priority=0)["queue_position"] == 0
+
+    def test_it_leaves_its_first_event(self, any_service: Service) -> None:
+        job = any_service.submit(resources={"max_queue_time": 60})
+        (event,) = any_service.get(f"/jobs/{job['id']}/events")["items"]
+        assert (event["seq"], event["type"], event["data"]) == (1, "job.queued", {})
+        assert event["message"] == "The job was accepted."
 
     def test_every_default_is_written_out(self, service: Service) -> None:
         spec = service.submit(rank=4, training={"batch_size": 4})["spec"]

@@ -83,4 +83,4 @@ def test_every_operation_keeps_its_promises(api: str, tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("key", [KEY, None], ids=["with a key", "without"])
 def test_ten_thousand_cases(api: str, tmp_path: Path, key: str | None) -> None:
-    assert fuzz(api, tmp_path, "--max-examples", "150", key=key) >= 10_000
+    assert fuzz(api, tmp_path, "--max-examples", "250", key=key) >= 10_000

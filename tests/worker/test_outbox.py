@@ -226,12 +226,13 @@ class TestSubmitted:
             try:
                 async with database.scoped("default", writes=True) as session:
                     spec = make_spec()
-                    job = await JobRepository(session, wakes=wakes).add(
+                    job, _ = await JobRepository(session, wakes=wakes).add(
                         id=new_id("job"),
                         base_model=spec["base_model"],
                         dataset_uri=spec["dataset_uri"],
                         spec=spec,
                         status=Status.QUEUED,
+                        priority=5,
                     )
                     if fails:
                         raise Injected
