@@ -7,9 +7,9 @@ from app.access.keys import make_key
 from app.access.principal import Principal
 from app.access.repository import add_key, all_keys, revoking
 from app.access.schemas import Key, KeyCreate, KeyList, KeyMade
-from app.db import ReadSession, WriteSession, note_change
 from app.errors import Forbidden, InvalidRequest, KeyNotFound, Unauthenticated
 from app.problems import problems
+from app.sessions import ReadSession, WriteSession, note_change
 from app.tables import ApiKeyRow
 
 router = APIRouter(prefix="/keys", tags=["keys"], dependencies=[Depends(admins_only)])

@@ -8,7 +8,6 @@ from fastapi.responses import Response
 from app.adapters.archive import archive
 from app.adapters.content import Blob, Content
 from app.adapters.download import DOWNLOAD, REDIRECT, answer
-from app.db import ReadSession
 from app.errors import (
     AdapterNotReady,
     FileNotInAdapter,
@@ -21,6 +20,7 @@ from app.jobs.answers import Adapter, AdapterFile
 from app.jobs.service import JobService
 from app.jobs.states import Status
 from app.problems import problems
+from app.sessions import ReadSession
 
 router = APIRouter(prefix="/jobs", tags=["adapters"])
 

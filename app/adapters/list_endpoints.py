@@ -7,11 +7,11 @@ from pydantic import Field, model_validator
 
 from app.adapters.schemas import AdapterPage, FinishedAdapter
 from app.adapters.service import AdapterService
-from app.db import ReadSession
 from app.errors import AdapterNotFound, InvalidRequest, Unauthenticated
 from app.jobs.endpoints import Page, PlainText, label_filters
 from app.jobs.repository import JobFilter
 from app.problems import problems
+from app.sessions import ReadSession
 
 router = APIRouter(prefix="/adapters", tags=["adapters"])
 

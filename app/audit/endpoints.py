@@ -8,9 +8,9 @@ from sqlalchemy import select
 
 from app.access.dependencies import admins_only
 from app.audit.schemas import AuditEvent, AuditPage
-from app.db import ReadSession
 from app.errors import Forbidden, InvalidRequest, Unauthenticated
 from app.problems import problems
+from app.sessions import ReadSession
 from app.tables import AuditRow
 
 router = APIRouter(prefix="/audit", tags=["audit"], dependencies=[Depends(admins_only)])

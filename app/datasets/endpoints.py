@@ -21,7 +21,6 @@ from app.datasets.uploads import (
     refuse_encoding,
     safe_filename,
 )
-from app.db import ReadSession, WriteSession, note_change, transaction
 from app.errors import (
     DatasetInUse,
     DatasetNotFound,
@@ -36,6 +35,7 @@ from app.errors import (
 from app.faults import Fault
 from app.problems import problems
 from app.quotas.service import Quotas, check_room
+from app.sessions import ReadSession, WriteSession, note_change, transaction
 
 router = APIRouter(prefix="/datasets", tags=["datasets"])
 

@@ -23,9 +23,9 @@ from app.datasets.schemas import Dataset, UploadState
 from app.datasets.service import DatasetService, present
 from app.datasets.upload_repository import UploadRepository
 from app.datasets.uploads import Upload, check_size, safe_filename, spooled
-from app.db import transaction, write_down
 from app.errors import HashMismatch, OffsetMismatch, TooLarge, UploadMismatch, UploadNotFound
 from app.quotas.service import Quotas
+from app.sessions import transaction, write_down
 from app.settings import Settings
 from app.storage import ArtifactStore, Changed, Damaged
 from app.tables import UploadRow

@@ -16,7 +16,6 @@ from pydantic import (
     model_validator,
 )
 
-from app.db import ReadSession, WriteSession, note_change
 from app.errors import (
     IdempotencyKeyReused,
     IllegalTransition,
@@ -39,6 +38,7 @@ from app.jobs.service import JobService
 from app.jobs.states import Status
 from app.periodic import Periodic
 from app.problems import problems
+from app.sessions import ReadSession, WriteSession, note_change
 from app.storage import ArtifactStore, Outage
 
 log = structlog.get_logger()

@@ -13,12 +13,12 @@ from pydantic_core import to_json
 
 from app.access.streams import still_allowed
 from app.changes import Changes
-from app.db import transaction
 from app.errors import DatabaseUnavailable, JobNotFound
 from app.etags import names
 from app.jobs.answers import Event, Job
 from app.jobs.records import JobRecords, News
 from app.jobs.service import JobService
+from app.sessions import transaction
 
 LONGEST_WAIT_SECONDS = 60
 RECHECK_SECONDS = 2  # a place in the queue changes without the job, and a key is revoked

@@ -6,7 +6,6 @@ from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from fastapi.sse import EventSourceResponse
 from pydantic import Field
 
-from app.db import ReadSession
 from app.errors import InvalidRequest, JobNotFound, Unauthenticated
 from app.etags import prefers
 from app.jobs.answers import CheckpointPage, EventPage, LogPage
@@ -14,6 +13,7 @@ from app.jobs.endpoints import BIGGEST, Page, Reading
 from app.jobs.following import EventStream
 from app.jobs.records import JobRecords
 from app.problems import problems
+from app.sessions import ReadSession
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 

@@ -15,7 +15,6 @@ from app.datasets.endpoints import BINARY, UploadQuery, received
 from app.datasets.schemas import Dataset
 from app.datasets.service import DatasetService
 from app.datasets.uploads import Upload
-from app.db import ReadSession, WriteSession, note_change
 from app.errors import (
     DatasetNotFound,
     Forbidden,
@@ -37,6 +36,7 @@ from app.openai_api.repository import OpenAIRepository
 from app.openai_api.results import results_csv
 from app.openai_api.schemas import File, FileDeleted, FilePage
 from app.openai_api.shape import PREFIX
+from app.sessions import ReadSession, WriteSession, note_change
 from app.tables import DatasetRow, JobRow
 
 router = APIRouter(prefix=f"{PREFIX}/files", tags=["openai"])

@@ -7,7 +7,6 @@ from fastapi import APIRouter, BackgroundTasks, Depends, Header, Query, Request,
 from pydantic import Field, model_validator
 
 from app.access.dependencies import Asking
-from app.db import ReadSession, WriteSession, note_change
 from app.errors import (
     Forbidden,
     IdempotencyKeyReused,
@@ -39,6 +38,7 @@ from app.openai_api.schemas import (
     FineTuningJobPage,
 )
 from app.openai_api.shape import PREFIX
+from app.sessions import ReadSession, WriteSession, note_change
 
 router = APIRouter(prefix=f"{PREFIX}/fine_tuning/jobs", tags=["openai"])
 

@@ -4,7 +4,6 @@ import asyncio
 
 from fastapi import APIRouter, BackgroundTasks, Request
 
-from app.db import ReadSession
 from app.errors import Forbidden, IllegalTransition, JobNotFound, Unauthenticated
 from app.ids import is_id
 from app.jobs import endpoints as native
@@ -16,6 +15,7 @@ from app.openai_api.presenting import has_adapter, unix
 from app.openai_api.repository import OpenAIRepository
 from app.openai_api.schemas import Model, ModelDeleted, ModelPage
 from app.openai_api.shape import PREFIX
+from app.sessions import ReadSession
 from app.settings import Settings
 from app.uris import UriError, check_hub_id, resolve_model_folder
 

@@ -4,12 +4,12 @@ from fastapi import APIRouter, Request
 from sqlalchemy import select
 
 from app.access.dependencies import Asking
-from app.db import ReadSession
 from app.errors import Unauthenticated
 from app.problems import problems
 from app.quotas import usage
 from app.quotas.limits import limits_of
 from app.quotas.schemas import Quota, QuotaCount, QuotaMinutes
+from app.sessions import ReadSession
 from app.tables import ProjectRow
 
 router = APIRouter(prefix="/quota", tags=["quota"])

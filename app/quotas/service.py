@@ -8,11 +8,11 @@ from fastapi import Request
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.db import transaction
 from app.errors import QuotaExceeded, TooLarge
 from app.quotas import usage
 from app.quotas.limits import Limits, limits_of
 from app.quotas.repository import add_project
+from app.sessions import transaction
 from app.settings import Settings
 from app.tables import ProjectRow
 

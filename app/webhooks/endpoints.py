@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from standardwebhooks import Webhook
 
 from app.access.dependencies import admins_only
-from app.db import ReadSession, WriteSession, note_change, now, transaction, write_down
+from app.db import now
 from app.errors import (
     DeliveryNotFound,
     Forbidden,
@@ -29,6 +29,7 @@ from app.net.errors import NetError
 from app.net.rules import Rules
 from app.net.urls import check_url
 from app.problems import problems
+from app.sessions import ReadSession, WriteSession, note_change, transaction, write_down
 from app.tables import WebhookDeliveryRow, WebhookSecretRow
 from app.webhooks.backoff import GIVE_UP_SECONDS
 from app.webhooks.notices import payload

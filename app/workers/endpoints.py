@@ -3,10 +3,11 @@
 from fastapi import APIRouter, Request
 from sqlalchemy import select
 
-from app.db import ReadSession, now
+from app.db import now
 from app.errors import Unauthenticated
 from app.jobs.states import HELD
 from app.problems import problems
+from app.sessions import ReadSession
 from app.tables import JobRow, WorkerRow
 from app.workers.schemas import Slot, Worker, WorkerList
 
