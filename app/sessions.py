@@ -5,16 +5,12 @@ from contextlib import AbstractAsyncContextManager
 from typing import Annotated
 
 from fastapi import Depends, Request
-from sqlalchemy import insert
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.db import Database, now
+from app.audit.lines import ASKED, AUDIT_LINE
+from app.db import Database
 from app.failpoints import Point, failpoint
 from app.scope import PROJECT
-from app.tables import AuditRow
-
-# Built once and run without the ORM: every change waits for it.
-AUDIT_LINE = insert(AuditRow).values(at=now())
 
 
 def transaction(
@@ -36,8 +32,10 @@ async def _read_session(request: Request) -> AsyncIterator[AsyncSession]:
 async def _write_session(request: Request) -> AsyncIterator[AsyncSession]:
     """One request is one transaction, and leaves one line in the audit log."""
     async with transaction(request, writes=True) as session:
+        info = session.sync_session.info
+        info[ASKED] = _asked(request)
         yield session
-        if changed := _changed(request):
+        if ASKED in info and (changed := _changed(request)):
             await write_down(request, session, changed)
         failpoint(Point.REQUEST_BEFORE_COMMIT)
     failpoint(Point.REQUEST_AFTER_COMMIT)
@@ -59,15 +57,17 @@ async def write_down(request: Request, session: AsyncSession, changed: str) -> N
 
     Sessions given by ``WriteSession`` do it by themselves.
     """
-    line = {
-        "project": session.sync_session.info[PROJECT],
-        "actor": request.state.principal.actor,
-        "action": request.scope["route"].name,
-        "object": changed,
-        "request_id": request.state.request_id,
-    }
+    line = {"project": session.sync_session.info[PROJECT], "object": changed, **_asked(request)}
     connection = await session.connection()
     await connection.execute(AUDIT_LINE, line)
+
+
+def _asked(request: Request) -> dict[str, str]:
+    return {
+        "actor": request.state.principal.actor,
+        "action": request.scope["route"].name,
+        "request_id": request.state.request_id,
+    }
 
 
 # scope="function": the commit comes before the response leaves, not after it.

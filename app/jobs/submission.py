@@ -1,4 +1,4 @@
-"""The rows of a new job: itself, its first event, its wake-up; and how many jobs are ahead of it.
+"""The rows of a new job: itself, its first event, its wake-up, its line in the audit log.
 
 Postgres gets them in one statement, as a submission waits for each trip to it. SQLite is no trip
 away, and has no INSERT within WITH: it gets the same inserts one after another.
@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import Insert, Label, bindparam, func, insert, literal, literal_column, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.audit.lines import ASKED, AUDIT_LINE
 from app.db import now
 from app.jobs.events import FIRST_EVENT
 from app.jobs.places import POSITIONS_LIMIT, place
@@ -49,8 +50,19 @@ _EVENT = FIRST_EVENT.values(
     data=bindparam("event_data"),
 )
 _WAKE = WAKE_NOW.values(id=literal_column("DEFAULT"), job_id=bindparam("of_job"))
+_AUDIT = AUDIT_LINE.values(
+    id=literal_column("DEFAULT"),
+    project=bindparam("of_project"),
+    object=bindparam("of_job"),
+    **{name: bindparam(f"audit_{name}") for name in ("actor", "action", "request_id")},
+)
 _WITH_EVENT = ADD.returning(_ahead()).add_cte(_EVENT.cte("first_event"))
-AT_ONCE = {False: _WITH_EVENT, True: _WITH_EVENT.add_cte(_WAKE.cte("wake_up"))}
+_WITH_WAKE = _WITH_EVENT.add_cte(_WAKE.cte("wake_up"))
+AT_ONCE = {
+    (wakes, audited): statement.add_cte(_AUDIT.cte("audit_line")) if audited else statement
+    for wakes, statement in ((False, _WITH_EVENT), (True, _WITH_WAKE))
+    for audited in (False, True)
+}
 
 
 async def add_job(
@@ -72,7 +84,8 @@ async def add_job(
     event = {"type": "job.queued", "message": ACCEPTED, "data": again}
     connection = await session.connection()
     at_once = connection.dialect.name == "postgresql"
-    statement: Insert = AT_ONCE[wakes] if at_once else ADD
+    asked: dict[str, str] = session.sync_session.info.pop(ASKED, {}) if at_once else {}
+    statement: Insert = AT_ONCE[wakes, bool(asked)] if at_once else ADD
     if waits:
         statement = statement.values(queue_deadline=now(waits))
     if at_once:
@@ -81,6 +94,7 @@ async def add_job(
             "of_project": values["project"],
             "of_priority": values["priority"],
             **{f"event_{name}": value for name, value in event.items()},
+            **{f"audit_{name}": value for name, value in asked.items()},
         }
         made = (await connection.execute(statement, values | others)).one()
         ahead: int | None = made.ahead

@@ -38,8 +38,10 @@ class TestAccepted:
         assert any_service.get(f"/jobs/{told['id']}") == told
         assert any_service.submit(priority=0)["queue_position"] == 0
 
-    def test_it_leaves_its_first_event(self, any_service: Service) -> None:
+    def test_it_leaves_its_first_event_and_one_line_in_the_log(self, any_service: Service) -> None:
         job = any_service.submit(resources={"max_queue_time": 60})
+        (line,) = any_service.get("/audit")["items"]
+        assert (line["action"], line["object"]) == ("create_job", job["id"])
         (event,) = any_service.get(f"/jobs/{job['id']}/events")["items"]
         assert (event["seq"], event["type"], event["data"]) == (1, "job.queued", {})
         assert event["message"] == "The job was accepted."
