@@ -42,6 +42,8 @@ from worker.claims import Claims
 
 CLAIMERS = (1, 8)
 ROUNDS = 4
+PACED, PAUSE_SECONDS = 5, 0.1  # one in so many requests is sent once more, after a pause
+KINDS = ("POST", "GET", "list", "bare POST", "bare GET", "POST, paced", "bare POST, paced")
 KEY = "flk_benchmark"
 BODY = {
     "base_model": f"file:{EXAMPLES / 'tiny-base'}",
@@ -155,6 +157,10 @@ def milliseconds(send: Callable[[], httpx2.Response]) -> float:
 
 
 def measure(ours: Api, bare: Api, length: str, number: int, times: Times) -> None:
+    """Each kind back to back, and those that write once more with a pause before each request.
+
+    Back to back, the relay sends the wake-ups of the jobs before in the same process meanwhile.
+    """
     newest = ours.http.get("/jobs", params={"limit": 1}).json()["items"][0]["id"]
     bare_id = bare.http.post("/rows", json=BODY).json()["id"]
     requests: dict[str, Callable[[], httpx2.Response]] = {
@@ -167,6 +173,10 @@ def measure(ours: Api, bare: Api, length: str, number: int, times: Times) -> Non
     for kind, send in requests.items():
         milliseconds(send)  # warm
         times.setdefault((kind, length), []).extend(milliseconds(send) for _ in range(number))
+    for _ in range(number // PACED):
+        for kind in ("POST", "bare POST"):
+            time.sleep(PAUSE_SECONDS)
+            times.setdefault((f"{kind}, paced", length), []).append(milliseconds(requests[kind]))
 
 
 def make_bare() -> Any:
@@ -232,14 +242,14 @@ def show(times: Times, rates: dict[int, float], queued: int) -> dict[str, Any]:
     ):
         table.add_column(column, justify="right")
     record: dict[str, Any] = {"claims_per_second": rates}
-    for kind in ("POST", "GET", "list", "bare POST", "bare GET"):
+    for kind in KINDS:
         none, many = times[kind, "none"], times[kind, "many"]
         found = [percentile(values, share) for values in (none, many) for share in (0.5, 0.99)]
         growth = [found[2] / found[0], found[3] / found[1]]
         record[kind] = {"none": found[:2], "many": found[2:], "growth": growth}
         table.add_row(kind, *(f"{value:.2f}" for value in (*found, *growth)))
     Console().print(table)
-    for kind in ("POST", "GET"):
+    for kind in ("POST", "GET", "POST, paced"):
         ratio = record[kind]["none"][0] / record[f"bare {kind}"]["none"][0]
         record[f"{kind} ÷ bare"] = ratio
         sys.stdout.write(f"{kind} ÷ bare handler, medians: {ratio:.2f}\n")
