@@ -153,7 +153,7 @@ class TestApi:
         cluster.api.redis.pass_through()
 
     @pytest.mark.parametrize(
-        "times", [5, pytest.param(100, marks=[pytest.mark.torture, pytest.mark.timeout(3600)])]
+        "times", [2, pytest.param(100, marks=[pytest.mark.torture, pytest.mark.timeout(3600)])]
     )
     def test_killed_between_commit_and_publish_it_has_taken_the_job_for_good(
         self, cluster: Cluster, failpoints: Failpoints, times: int

@@ -45,6 +45,7 @@ class TestSubmit:
         assert done.returncode == 1
         assert "/rank" in done.stderr
 
+    @pytest.mark.torture
     def test_a_failed_job_ends_with_1(self, shared_service: Service, tmp_path: Path) -> None:
         rows = tmp_path / "rows.jsonl"
         rows.write_text('{"messages": []}\n')

@@ -202,6 +202,7 @@ class TestCancel:
         service.wait_for(first, lambda job: job["status"] == "cancelled", seconds=20)
 
 
+@pytest.mark.torture
 class TestFailedJob:
     def test_a_bad_row_is_named_by_its_line_and_the_service_goes_on(
         self, service: Service, body: Json, broken_rows: Path

@@ -98,6 +98,7 @@ class TestHub:
         assert job["failure"]["reason"] == "base_model_unavailable"
         assert "cannot get org/model from the hub" in job["failure"]["message"]
 
+    @pytest.mark.torture
     def test_a_download_that_stalls_can_be_cancelled(
         self, hub_service: Service, body: Json, silent_hub: str
     ) -> None:

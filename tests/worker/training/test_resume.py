@@ -85,13 +85,14 @@ class TestDrained:
 
 class TestKilled:
     @pytest.mark.slow
+    @pytest.mark.parametrize("times", [2, pytest.param(20, marks=pytest.mark.torture)])
     def test_at_random_moments_it_goes_on_bit_for_bit(
-        self, job: TrainingJob, unbroken: dict[str, bytes], tmp_path: Path
+        self, job: TrainingJob, unbroken: dict[str, bytes], tmp_path: Path, times: int
     ) -> None:
         folder = tmp_path / "killed"
         describe(job, folder)
         seed = secrets.randbelow(10**6)
-        kill_at_random(folder, random.Random(seed), times=4)
+        kill_at_random(folder, random.Random(seed), times=times)
         finish(job, folder)
         assert folder_bytes(folder / "adapter") == unbroken, f"seed {seed}"
 
