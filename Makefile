@@ -19,10 +19,10 @@ demo: $(VENV)/.runtime ## Fine-tune the tiny model through POST /jobs and compar
 run: $(VENV)/.runtime ## Start the service on this machine (Ctrl-C stops it)
 	$(BIN)/flatlora up
 
-test: $(VENV)/.dev ## Run every test that needs no GPU
+test: $(VENV)/.dev ## Run the tests; no GPU is needed
 	$(BIN)/pytest -m "not gpu" $(THREE)
 
-faults: $(VENV)/.dev ## Run the fault tests that take long: each fault many times
+faults: $(VENV)/.dev ## Run the tests that take long: the longest jobs, each fault many times
 	$(BIN)/pytest -m torture tests
 
 torture: $(VENV)/.dev ## Break a cluster at random (SECONDS=600 SEED=n), then look what it has kept

@@ -1,4 +1,7 @@
-"""Engines and sessions. SQLite and Postgres are written by the same statements."""
+"""Engines, and transactions of one project or of all.
+
+SQLite and Postgres are written by the same statements, but for app/jobs/submission.py.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator

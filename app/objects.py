@@ -9,14 +9,16 @@ import hashlib
 import os
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import obstore
+from anyio import to_thread
 from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import AzureStore, GCSStore, LocalStore, S3Store
 
@@ -249,12 +251,16 @@ class Objects:
                 yield bytes(chunk)
 
     async def open(self, key: str, start: int, end: int) -> AsyncIterator[bytes]:
-        """The bytes from start up to, not including, end. Raises ``FileNotFoundError`` at once."""
-        if folder := self._folder:  # obstore takes ten times the work to hand out a file
-            file = await asyncio.to_thread(_open, folder / key, start, end)
-            return _portions(file, end - start)
+        """The bytes from start up to, not including, end. Raises ``FileNotFoundError`` at once.
+
+        A file that ends before is an ``Outage`` at once, too.
+        """
         with outages():
             async with asyncio.timeout(ANSWER_SECONDS):
+                if folder := self._folder:  # obstore takes ten times the work to hand out a file
+                    opening = partial(_open, folder / key, start, end)
+                    file = await to_thread.run_sync(opening, abandon_on_cancel=True)
+                    return _portions(file, end - start)
                 found = await obstore.get_async(self.raw, key, options={"range": (start, end)})
         return _chunks(found)
 
@@ -317,25 +323,30 @@ def sync_path(path: Path) -> None:
 def _open(path: Path, start: int, end: int) -> FileIO:
     """A file of a folder, at its byte ``start``. Raises ``FileNotFoundError``."""
     try:
-        file = FileIO(path)
-    except FileNotFoundError:
+        with ExitStack() as guard:
+            file = guard.enter_context(FileIO(path))
+            size = file.seek(0, os.SEEK_END)
+            if size < end:
+                raise Outage(f"{path} has {size} bytes; at least {end} were expected")
+            file.seek(start)
+            guard.pop_all()
+            return file
+    except (FileNotFoundError, Outage):
         raise
     except OSError as error:
         raise Outage(error.errno, f"{path} cannot be read: {error.strerror}") from error
-    size = file.seek(0, os.SEEK_END)
-    if size < end:
-        file.close()
-        raise Outage(f"{path} has {size} bytes; at least {end} were expected")
-    file.seek(start)
-    return file
 
 
 async def _portions(file: FileIO, left: int) -> AsyncIterator[bytes]:
-    """The next bytes of a file, which is closed at the end."""
+    """The next bytes of a file, which is closed at the end.
+
+    Nobody who stops listening stops a read: else the file would be closed while a thread reads it,
+    and its number might be another file's by then.
+    """
     with file:
         while left:
             try:
-                chunk = await asyncio.to_thread(file.read, min(left, CHUNK))
+                chunk = await to_thread.run_sync(file.read, min(left, CHUNK))
             except OSError as error:
                 raise Outage(error.errno, f"{file.name} cannot be read") from error
             if not chunk:

@@ -11,7 +11,7 @@ import structlog
 log = structlog.get_logger()
 
 RECOVERY_SECONDS = 1.0
-"""After a failure a nudge is not heard for so long: what has failed is not hammered."""
+"""After a failure a nudge waits for so long: what has failed is not hammered."""
 
 
 class Periodic:
@@ -56,12 +56,11 @@ class Periodic:
                 if is_well:
                     log.warning("a duty failed; trying again", duty=self._name, exc_info=error)
                 is_well = False
+                self._end.wait(min(RECOVERY_SECONDS, self._seconds / 2))
             else:
                 if not is_well:
                     log.info("a duty works again", duty=self._name)
                 is_well = True
-            if not is_well:
-                self._end.wait(min(RECOVERY_SECONDS, self._seconds))
             left = self._seconds - (time.monotonic() - started)
             # Not at once again where a duty takes longer than its interval.
             if self._turn.wait(max(left, self._seconds / 10)):

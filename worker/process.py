@@ -21,8 +21,9 @@ PASSED_ON = (
     "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH",
     "MKL_NUM_THREADS", "NVIDIA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "PATH", "TMPDIR", "TZ",
 )  # fmt: skip
-# How the names begin of what an operator sets for the exchange between GPUs.
-EXCHANGE = ("NCCL_", "NVSHMEM_", "TORCH_SYMM_MEM_")
+# How the names begin of what an operator sets for the exchange between GPUs. Three of them are the
+# trainer's own where a job has several (worker/training/launch.py).
+EXCHANGE = ("NCCL_", "NVSHMEM_", "TORCH_NCCL_", "TORCH_SYMMMEM", "TORCH_SYMM_MEM_")
 FIXED = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic matmuls on CUDA

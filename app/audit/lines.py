@@ -11,5 +11,5 @@ AUDIT_LINE = insert(AuditRow).values(at=now())
 ASKED = "asked"
 """Where a writing session carries who asks for what (``actor, action, request_id``).
 
-It is gone once the line is written by the statement that makes the change.
+Who writes the line with the change itself takes it; else it is written at the end of the request.
 """

@@ -1,4 +1,4 @@
-"""Every statement on jobs that the API runs."""
+"""Every statement on jobs that the API runs, but for the one that makes them (submission.py)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

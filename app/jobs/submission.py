@@ -36,8 +36,10 @@ def _ahead() -> Label[int]:
     return select(func.count()).select_from(some).scalar_subquery().label("ahead")
 
 
-# Built once and run without the ORM: to build a statement takes longer than to run it. What the
-# other rows repeat of the job has a name of its own, as no column may be named twice.
+# Built once and run without the ORM: to build a statement takes longer than to run it. SQLAlchemy
+# gives a parameter to every column of its name in the whole statement, so what the other rows
+# repeat of the job has a name of its own, and their own ids are left to the database in so many
+# words.
 ADD = (
     insert(JobRow)
     .values(created_at=now(), updated_at=now(), **NEW)
@@ -68,7 +70,7 @@ AT_ONCE = {
 async def add_job(
     session: AsyncSession, values: dict[str, Any], *, waits: float | None, wakes: bool
 ) -> tuple[JobRow, int | None]:
-    """Insert a queued job into the session's project.
+    """Insert a queued job into the session's project; a request's leaves its audit line, too.
 
     Args:
         session: Of a request.
@@ -84,7 +86,7 @@ async def add_job(
     event = {"type": "job.queued", "message": ACCEPTED, "data": again}
     connection = await session.connection()
     at_once = connection.dialect.name == "postgresql"
-    asked: dict[str, str] = session.sync_session.info.pop(ASKED, {}) if at_once else {}
+    asked: dict[str, str] = session.sync_session.info.pop(ASKED, {})
     statement: Insert = AT_ONCE[wakes, bool(asked)] if at_once else ADD
     if waits:
         statement = statement.values(queue_deadline=now(waits))
@@ -103,6 +105,9 @@ async def add_job(
         await connection.execute(FIRST_EVENT, {"job_id": values["id"], **event})
         if wakes:
             await connection.execute(WAKE_NOW, {"job_id": values["id"]})
+        if asked:
+            line = {"project": values["project"], "object": values["id"], **asked}
+            await connection.execute(AUDIT_LINE, line)
         ahead = await place(session, values["id"])
     row = JobRow(**NEW, **values, created_at=made.created_at, updated_at=made.updated_at)
     return row, ahead

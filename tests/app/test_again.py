@@ -85,6 +85,8 @@ class TestRetry:
             jobs = list(pool.map(lambda _: retry(any_service, job_id), range(20)))
         assert len({job["id"] for job in jobs}) == 1
         assert len(any_service.get("/jobs")["items"]) == 2
+        (line,) = any_service.get("/audit", action="retry_job")["items"]
+        assert line["object"] == jobs[0]["id"]
 
     def test_one_key_makes_one_also_after_its_end(self, any_service: Service) -> None:
         job_id = ended(any_service)

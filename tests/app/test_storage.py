@@ -10,12 +10,16 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from io import FileIO
 from pathlib import Path
+from threading import Event, Timer
 from typing import Any
 
 import pytest
+from anyio import create_task_group, run, to_thread
+from anyio.lowlevel import checkpoint
 
-from app.objects import PART
+from app.objects import PART, _portions
 from app.storage import ArtifactStore, Changed, Damaged, Freed, Outage, make_private
 from tests.app.stored import Stored
 
@@ -182,6 +186,40 @@ class TestFetch:
         stored.damage(BLOB, b"")
         with pytest.raises(Outage):
             asyncio.run(stored.store.open(DIGEST, 0, len(ROWS)))
+
+
+class SlowFile(FileIO):
+    """Its reads begin, and end when they may."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.begun, self.may_end, self.was_closed = Event(), Event(), list[bool]()
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.begun.set()
+        assert self.may_end.wait(10)
+        self.was_closed.append(self.closed)
+        return super().read(size)
+
+
+def test_a_client_that_leaves_closes_no_file_under_its_reader(source: Path) -> None:
+    """Its number might be another file's by the time that the thread reads it."""
+    source.write_bytes(ROWS)
+    file = SlowFile(source)
+
+    async def leave() -> None:
+        async def listen() -> None:
+            async for _ in _portions(file, len(ROWS)):
+                await checkpoint()
+
+        async with create_task_group() as group:
+            group.start_soon(listen)
+            await to_thread.run_sync(file.begun.wait, 10)
+            Timer(0.1, file.may_end.set).start()
+            group.cancel_scope.cancel()
+
+    run(leave)
+    assert (file.was_closed, file.closed) == ([False], True)
 
 
 class TestManifest:

@@ -9,7 +9,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from app.jobs.states import Status
-from app.tables import EventRow, JobRow
+from app.tables import AuditRow, EventRow, JobRow
 from tests.app.service import Service, faults, make_model, ok
 
 
@@ -350,7 +350,8 @@ class TestIdempotencyKey:
         assert len(ids) == 1
         assert count_jobs(any_service) == 1
         with Session(any_service.engine) as session:
-            assert session.scalar(select(func.count()).select_from(EventRow)) == 1
+            for table in (EventRow, AuditRow):
+                assert session.scalar(select(func.count()).select_from(table)) == 1
 
 
 class TestTokens:

@@ -215,7 +215,6 @@ class TestFailedJob:
         assert "line 37" in job["failure"]["message"]
         service.finish(service.submit({**body, "dry_run": True}))
 
-    @pytest.mark.torture
     def test_max_runtime_stops_it(self, service: Service, body: Json) -> None:
         body["training"]["max_steps"] = 5000
         job_id = service.submit({**body, "resources": {"max_runtime": 4}})
@@ -223,7 +222,6 @@ class TestFailedJob:
         assert job["failure"]["reason"] == "max_runtime"
         assert not service.trainers()
 
-    @pytest.mark.torture
     def test_a_file_that_goes_away_after_submitting_is_explained(
         self, service: Service, body: Json
     ) -> None:

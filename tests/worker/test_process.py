@@ -78,6 +78,14 @@ class TestEnvironment:
         assert found["HF_TOKEN"] == SECRETS["HF_TOKEN"]
         assert found.keys() & SECRETS.keys() == {"HF_TOKEN"}
 
+    def test_what_is_set_for_the_exchange_between_gpus_reaches_it(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        given = {"NCCL_DEBUG": "INFO", "TORCH_NCCL_BLOCKING_WAIT": "1", "NVSHMEM_DISABLE_NVLS": "1"}
+        for name, value in given.items():
+            monkeypatch.setenv(name, value)
+        assert self.environment(folder).items() >= given.items()
+
     def test_training_stays_offline(self, folder: Path) -> None:
         assert self.environment(folder)["HF_HUB_OFFLINE"] == "1"
 
