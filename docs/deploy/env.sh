@@ -25,6 +25,7 @@ umask 077
 cat > .env <<END
 COMPOSE_PROFILES=$profile
 FLATLORA_API_KEY=flk_$(random)
+FLATLORA_SECRET_KEY=$(random)
 POSTGRES_PASSWORD=$(random)
 REDIS_PASSWORD=$(random)
 OBJECTS_ACCESS_KEY=flatlora

@@ -203,7 +203,8 @@ class TestEnv:
 
         assert files[0].stat().st_mode & 0o777 == 0o600
         assert one["FLATLORA_API_KEY"].startswith("flk_")
-        for name in ("FLATLORA_API_KEY", "POSTGRES_PASSWORD", "REDIS_PASSWORD"):
+        names = ("FLATLORA_API_KEY", "FLATLORA_SECRET_KEY", "POSTGRES_PASSWORD", "REDIS_PASSWORD")
+        for name in names:
             assert len(one[name]) >= 32
             assert one[name] != other[name]
 
