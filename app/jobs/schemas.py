@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from app.net.urls import without_query
+
 MAX_RANK = 1024
 MAX_SIGMA = 1.0
 
@@ -278,6 +280,20 @@ class JobCreate(Body):
                 if group[name] == model.model_fields[name].default:
                     del group[name]
         return spec
+
+    def told(self) -> "JobCreate":
+        """As answers show it: without the queries of URLs, which may be secret."""
+        evaluation, held_out = self.evaluation, self.evaluation.validation_uri
+        if held_out:
+            uri = without_query(held_out)
+            evaluation = evaluation.model_copy(update={"validation_uri": uri})
+        return self.model_copy(
+            update={
+                "dataset_uri": without_query(self.dataset_uri),
+                "webhook_url": self.webhook_url and without_query(self.webhook_url),
+                "evaluation": evaluation,
+            }
+        )
 
     def resolved(self) -> "JobCreate":
         """The same job with every default that depends on another field written out."""

@@ -356,7 +356,7 @@ def _summary(row: JobRow, queue_position: int | None) -> dict[str, Any]:
         "attempt": row.attempt,
         "retried_from": row.retried_from,
         "failure": failure,
-        "spec": JobCreate.model_validate(row.spec),
+        "spec": JobCreate.model_validate(row.spec).told(),
         "result": row.result,
         "adapter": Adapter.model_validate(row.adapter) if row.adapter else None,
         "created_at": row.created_at,

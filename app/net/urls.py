@@ -13,6 +13,7 @@ SHAPE = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*)://(?P<authority>[^/?#]+
 AUTHORITY = re.compile(r"(?:\[[^\]@]*\]|[^\[\]:@]+)(?::(?P<port>\d{1,5})?)?", re.ASCII)
 NAME = re.compile(r"(?:[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?\.)*[a-z0-9_-]{1,63}")
 LOOPBACK = "127.0.0.1"
+HIDDEN = "?[hidden]"
 HINT = "Expected a URL such as https://host/rows.jsonl, without user, password or odd signs."
 
 
@@ -21,6 +22,11 @@ def check_url(text: str, rules: Rules) -> httpx2.URL:
     match = SHAPE.fullmatch(text) if _is_plain(text) else None
     if match is None:
         raise UrlMalformed(f"{shown(text)} is no URL.", HINT)
+    if text.endswith(HIDDEN):
+        raise UrlMalformed(
+            f"{shown(text)} comes from an answer, which hides what stands after the question mark.",
+            "Give the URL with its own query.",
+        )
     scheme = match["scheme"].lower()
     if scheme not in rules.schemes:
         raise _scheme_not_allowed(scheme)
@@ -57,6 +63,12 @@ def port_of(url: httpx2.URL) -> int:
 def bare(uri: str) -> str:
     """A URI without what may be secret in it: user, password, and a query, which may sign it."""
     return re.sub(r"(?<=//)[^/]*@", "", re.split(r"[?#]", uri, maxsplit=1)[0])
+
+
+def without_query(uri: str) -> str:
+    """A URI as answers show it: the query of a URL may sign it, and is as good as a password."""
+    found, mark, _ = uri.partition("?")
+    return f"{found}{HIDDEN}" if mark and found.lower().startswith(("https:", "http:")) else uri
 
 
 def shown(uri: str) -> str:

@@ -52,7 +52,7 @@ def unix(moment: datetime) -> int:
 
 
 def present_job(row: JobRow) -> FineTuningJob:
-    spec = JobCreate.model_validate(row.spec)
+    spec = JobCreate.model_validate(row.spec).told()
     hyperparameters = _hyperparameters(spec)
     is_finished = has_adapter(row)
     return FineTuningJob(
@@ -64,7 +64,7 @@ def present_job(row: JobRow) -> FineTuningJob:
         status=_status(row),
         fine_tuned_model=row.id if is_finished else None,
         organization_id=row.project,
-        training_file=file_id(row.dataset_uri),
+        training_file=file_id(spec.dataset_uri),
         validation_file=file_id(uri) if (uri := spec.evaluation.validation_uri) else None,
         result_files=[results_id(row.id)] if is_finished else [],
         hyperparameters=hyperparameters,

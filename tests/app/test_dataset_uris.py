@@ -4,12 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.orm import Session
 
 from app.datasets.uris import BucketFile, HubFile, bucket_file, check_dataset_uri, hub_file
+from app.jobs.states import Status
 from app.settings import Settings
+from app.tables import JobRow
 from app.uris import UriError
 from tests.app.conftest import make_settings
-from tests.app.service import Service, faults
+from tests.app.service import Service, faults, ok
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -112,11 +115,41 @@ class TestService:
 
     @pytest.mark.parametrize(
         "uri",
-        ["https://example.org/rows.jsonl?sig=1", "s3://rows/a.jsonl", "hf://datasets/a/b/c.jsonl"],
+        ["https://example.org/rows.jsonl", "s3://rows/a.jsonl?b", "hf://datasets/a/b/c.jsonl"],
     )
     def test_it_takes_what_is_allowed_and_says_it_again(self, service: Service, uri: str) -> None:
         job = service.submit(dataset_uri=uri, evaluation={"validation_uri": uri})
         assert job["spec"]["dataset_uri"] == job["spec"]["evaluation"]["validation_uri"] == uri
+
+    def test_the_query_of_a_url_is_kept_for_the_worker_and_shown_to_nobody(
+        self, service: Service
+    ) -> None:
+        """It may sign the URL: who may see the job must not be able to read what it reads."""
+        url = "https://example.org/{}?sig=canary"
+        named = {
+            "dataset_uri": url.format("rows.jsonl"),
+            "webhook_url": url.format("hook"),
+            "evaluation": {"validation_uri": url.format("held-out.jsonl")},
+        }
+        job = service.submit(**named)
+        assert job["spec"]["dataset_uri"] == "https://example.org/rows.jsonl?[hidden]"
+        service.set(job["id"], status=Status.FAILED)
+        paths = ["/jobs", f"/jobs/{job['id']}", f"/jobs/{job['id']}/events", "/audit"]
+        paths += ["/v1/fine_tuning/jobs", f"/v1/fine_tuning/jobs/{job['id']}"]
+        for path in paths:
+            assert "canary" not in service.http.get(path).text
+        retried = ok(service.http.post(f"/jobs/{job['id']}/retry"), 202)
+        with Session(service.engine) as session:
+            kept = session.get(JobRow, retried["id"])
+            assert kept is not None
+            assert kept.spec["dataset_uri"] == named["dataset_uri"]
+            assert kept.spec["webhook_url"] == named["webhook_url"]
+
+    def test_what_an_answer_has_hidden_is_asked_for_again(self, service: Service) -> None:
+        hidden = "https://example.org/rows.jsonl?[hidden]"
+        problem = service.refused(service.body | {"dataset_uri": hidden})
+        assert problem["code"] == "uri_malformed"
+        assert "hides what stands after the question mark" in problem["detail"]
 
     @pytest.mark.parametrize(
         ("uri", "code"),
