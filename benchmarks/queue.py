@@ -250,9 +250,13 @@ def show(times: Times, rates: dict[int, float], queued: int) -> dict[str, Any]:
         table.add_row(kind, *(f"{value:.2f}" for value in (*found, *growth)))
     Console().print(table)
     for kind in ("POST", "GET", "POST, paced"):
-        ratio = record[kind]["none"][0] / record[f"bare {kind}"]["none"][0]
-        record[f"{kind} ÷ bare"] = ratio
-        sys.stdout.write(f"{kind} ÷ bare handler, medians: {ratio:.2f}\n")
+        bare = record[f"bare {kind}"]
+        ratios = {length: record[kind][length][0] / bare[length][0] for length in ("none", "many")}
+        record[f"{kind} ÷ bare"] = ratios
+        sys.stdout.write(
+            f"{kind} ÷ bare handler, medians: {ratios['none']:.2f}; "
+            f"with {queued} queued {ratios['many']:.2f}\n"
+        )
     for claimers, rate in rates.items():
         sys.stdout.write(f"claims a second, {claimers} claimers, {queued} queued: {rate:.0f}\n")
     return record
