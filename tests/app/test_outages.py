@@ -25,6 +25,7 @@ from tests.app.conftest import make_settings, serve
 from tests.app.service import ok
 from tests.faults.proxy import Proxy
 from tests.faults.servers import PostgresServer
+from tests.waiting import until
 from tests.worker.jobs import add_job, claimed, count, row
 from worker.claims import Claims
 from worker.patience import until_written
@@ -186,7 +187,7 @@ class TestSqlite:
     ) -> None:
         monkeypatch.setattr(db, "SQLITE_BUSY_SECONDS", 0)
         with serving(settings) as service:
-            service.get("/jobs")
+            until(lambda: service.http.get("/jobs").is_success)  # what has just started writes, too
             file = str(settings.database).removeprefix("sqlite:///")
             with closing(sqlite3.connect(file, isolation_level=None)) as other:
                 other.execute("BEGIN IMMEDIATE")
