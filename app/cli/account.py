@@ -1,4 +1,4 @@
-"""``flatlora models|quota|audit|webhooks``: what the service allows, and what it tells."""
+"""``flatlora models|quota|audit|webhooks|version``: what the service allows, and tells."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -8,6 +8,7 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from app import __version__
 from app.cli.client import Json, connected
 from app.cli.history import show_table
 from app.cli.options import AsJson
@@ -25,18 +26,33 @@ def list_models(as_json: AsJson = False) -> None:
     if as_json:
         print_json(found.raw)
         return
-    table = Table("base model", "architecture", "parameters", "size", "chat template", box=None)
+    titles = ("base model", "architecture", "parameters", "size", "tokens", "chat template")
+    table = Table(*titles, box=None)
     for model in found.items:
         table.add_row(
             Text(model.id),
             Text(model.architecture or ""),
             f"{model.parameters:,}" if model.parameters else "",
             decimal(model.size_bytes) if model.size_bytes else "",
+            str((model.limits and model.limits.max_length) or ""),
             "yes" if model.has_chat_template else "no",
         )
     out.print(table if found.items else "no folders of base models")
     out.print(f"of the hub: {', '.join(found.hub) or 'none'}", markup=False, highlight=False)
     show_fields(found.limits)
+
+
+def service_version(*, as_json: bool) -> None:
+    """Which service answers, whether it is ready, and what it can do."""
+    with connected(as_json=as_json) as client:
+        found = {"url": client.url, **client.version().raw}
+        if not as_json:
+            show_fields({"service": found})
+        ready = client.ready().raw
+    if as_json:
+        print_json({"version": __version__, "service": found | {"ready": ready}})
+    else:
+        show_fields({"ready": ready})
 
 
 def quota(as_json: AsJson = False) -> None:
@@ -118,5 +134,7 @@ def _flat(found: Json, above: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in found.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{above}{name}.")
+        elif isinstance(value, list):
+            yield above + name, ", ".join(str(item) for item in value)
         else:
             yield above + name, value

@@ -1,6 +1,5 @@
 """``flatlora adapters …``"""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,7 +9,7 @@ from rich.text import Text
 
 from app.cli.client import connected
 from app.cli.download import fetch_adapter
-from app.cli.options import After, AsJson, JobId, Labels, PageSize
+from app.cli.options import After, AsJson, AsTar, JobId, Labels, PageSize, Target
 from app.cli.output import out, print_json
 from app.cli.submit import parse_labels
 
@@ -68,6 +67,7 @@ def show(job_id: JobId, as_json: AsJson = False) -> None:
         ("base model", found.base_model + revision),
         ("rank · σ", f"{_shown(found.rank)} · {_shown(found.sigma)}"),
         ("created", found.raw.get("created_at")),
+        ("tar", found.url),
     ):
         if value:
             table.add_row(f"[dim]{name}[/]", Text(value))
@@ -78,11 +78,7 @@ def show(job_id: JobId, as_json: AsJson = False) -> None:
 
 @adapters.command()
 def download(
-    job_id: JobId,
-    target: Annotated[
-        Path | None, typer.Option("--to", help="Folder for the adapter. Default: ./<job id>")
-    ] = None,
-    as_json: AsJson = False,
+    job_id: JobId, target: Target = None, tar: AsTar = False, as_json: AsJson = False
 ) -> None:
     """Download an adapter into a folder that PEFT can load: as `flatlora jobs download`."""
-    fetch_adapter(job_id, target or Path(job_id), as_json=as_json)
+    fetch_adapter(job_id, target, as_tar=tar, as_json=as_json)

@@ -1,5 +1,6 @@
 """``flatlora datasets …``"""
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -13,10 +14,14 @@ from app.cli.options import After, AsJson, PageSize
 from app.cli.output import USAGE, fail, out, print_json
 from app.cli.transfer import transfer
 from flatlora_client import Dataset
+from flatlora_client.operations.fetching import sha256_of
 
 datasets = typer.Typer(no_args_is_help=True, help="Files of rows that the service keeps.")
 
 DatasetId = Annotated[str, typer.Argument(metavar="DATASET", help="Id of the dataset, ds_…")]
+UploadId = Annotated[
+    str, typer.Argument(metavar="UPLOAD", help="The file that is uploaded, or its sha256.")
+]
 
 
 @datasets.command()
@@ -37,15 +42,21 @@ def upload(
 
 
 @datasets.command("list")
-def list_datasets(limit: PageSize = 20, after: After = None, as_json: AsJson = False) -> None:
+def list_datasets(
+    name: Annotated[str | None, typer.Option("--name", help="As uploaded.")] = None,
+    sha256: Annotated[str | None, typer.Option("--sha256", help="Of its bytes.")] = None,
+    limit: PageSize = 20,
+    after: After = None,
+    as_json: AsJson = False,
+) -> None:
     """List datasets, newest first."""
     with connected(as_json=as_json) as client:
-        page = client.datasets.page(limit=limit, after=after)
+        page = client.datasets.page(filename=name, sha256=sha256, limit=limit, after=after)
     if as_json:
         print_json(page.raw)
         return
     if not page.items:
-        out.print("no datasets here" if after else "no datasets yet")
+        out.print("no datasets here" if after or name or sha256 else "no datasets yet")
         return
     table = Table("dataset", "file", "size", "created", box=None)
     for found in page.items:
@@ -73,6 +84,49 @@ def delete(dataset_id: DatasetId, as_json: AsJson = False) -> None:
         print_json({"deleted": dataset_id})
     else:
         out.print(f"deleted {dataset_id}", markup=False, highlight=False)
+
+
+@datasets.command("upload-state")
+def upload_state(upload: UploadId, as_json: AsJson = False) -> None:
+    """Show how far an upload in parts has come."""
+    with connected(as_json=as_json) as client:
+        found = client.datasets.upload_state(hash_of(upload))
+    if as_json:
+        print_json(found.raw)
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, value in (
+        ("sha256", found.sha256),
+        ("file", found.filename),
+        ("arrived", f"{decimal(found.offset)} of {decimal(found.size)}"),
+        ("dataset", found.dataset.uri if found.dataset else None),
+        ("forgotten", found.raw.get("expires_at")),
+    ):
+        if value:
+            table.add_row(f"[dim]{name}[/]", Text(value))
+    out.print(table)
+
+
+@datasets.command("forget-upload")
+def forget_upload(upload: UploadId, as_json: AsJson = False) -> None:
+    """Give up an upload that is not complete: what has arrived of it is removed."""
+    sha256 = hash_of(upload)
+    with connected(as_json=as_json) as client:
+        client.datasets.forget_upload(sha256)
+    if as_json:
+        print_json({"forgotten": sha256})
+    else:
+        out.print(f"forgot the upload of {sha256}", highlight=False)
+
+
+def hash_of(upload: str) -> str:
+    """An upload's name is the hash of the whole file."""
+    path = Path(upload).expanduser()
+    if path.is_file():
+        return sha256_of(path)
+    if not re.fullmatch(r"[0-9a-f]{64}", upload):
+        fail(f"{upload} is neither a file nor a sha256", code=USAGE)
+    return upload
 
 
 def show_dataset(found: Dataset, *, as_json: bool) -> None:

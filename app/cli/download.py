@@ -1,4 +1,4 @@
-"""Fetching an adapter into a folder."""
+"""Fetching an adapter into a folder, or as one tar."""
 
 from pathlib import Path
 from typing import NoReturn
@@ -10,7 +10,25 @@ from flatlora_client import AdapterFile, FlatLora
 from flatlora_client.operations.downloads import is_whole
 
 
-def fetch_adapter(job_id: str, folder: Path, *, as_json: bool) -> None:
+def fetch_adapter(job_id: str, target: Path | None, *, as_tar: bool, as_json: bool) -> None:
+    if as_tar:
+        _fetch_tar(job_id, target or Path(f"{job_id}.tar"), as_json=as_json)
+    else:
+        _fetch_folder(job_id, target or Path(job_id), as_json=as_json)
+
+
+def _fetch_tar(job_id: str, path: Path, *, as_json: bool) -> None:
+    if path.exists():
+        fail(f"{path} exists already", "Name another with --to.", code=USAGE)
+    with connected(as_json=as_json) as client, transfer(path.name) as progress:
+        client.jobs.download_tar(job_id, path, progress=progress)
+    if as_json:
+        print_json({"job_id": job_id, "file": str(path.resolve())})
+    else:
+        out.print(f"adapter in {path}", markup=False, highlight=False)
+
+
+def _fetch_folder(job_id: str, folder: Path, *, as_json: bool) -> None:
     found = _content(folder)
     if found and not any(path.suffix == ".part" for path in found):
         _refuse(folder)

@@ -10,7 +10,16 @@ from rich.text import Text
 from app.cli.client import Json, connected
 from app.cli.download import fetch_adapter
 from app.cli.history import checkpoints, deliveries, events, logs, metrics
-from app.cli.options import After, AsJson, JobId, Labels, PageSize
+from app.cli.options import (
+    After,
+    AsJson,
+    AsTar,
+    IdempotencyKey,
+    JobId,
+    Labels,
+    PageSize,
+    Target,
+)
 from app.cli.output import INTERRUPTED, err, out, print_json
 from app.cli.submit import (
     apply_settings,
@@ -59,6 +68,7 @@ def submit(
     ] = None,
     file: Annotated[Path | None, typer.Option("--file", "-f", help="Body as a JSON file.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the data.")] = False,
+    idempotency_key: IdempotencyKey = None,
     follow: Annotated[bool, typer.Option("--watch", "-w", help="Follow it to its end.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -86,7 +96,8 @@ def submit(
                 set_path(body, path, value)
         apply_settings(body, settings or [])
         # All of it is for the service to judge, also what is missing.
-        job = client.jobs.create(**cast("JobFields", {"extra_fields": body}))
+        fields: dict[str, Any] = {"extra_fields": body, "idempotency_key": idempotency_key}
+        job = client.jobs.create(**cast("JobFields", fields))
         if follow:
             if not as_json:
                 out.print(f"submitted {job.id}", highlight=False)
@@ -99,6 +110,9 @@ def list_jobs(
     status: Annotated[list[str] | None, typer.Option(help="May be repeated.")] = None,
     label: Labels = None,
     model: Annotated[str | None, typer.Option("--base-model", "-m", help="As submitted.")] = None,
+    created_after: Annotated[
+        str | None, typer.Option(help="RFC 3339, with its zone: 2026-11-27T10:00:00Z")
+    ] = None,
     limit: PageSize = 20,
     after: After = None,
     as_json: AsJson = False,
@@ -107,13 +121,19 @@ def list_jobs(
     labels = parse_labels(label or [])
     with connected(as_json=as_json) as client:
         page = client.jobs.page(
-            status=status, base_model=model, labels=labels, limit=limit, after=after
+            status=status,
+            base_model=model,
+            labels=labels,
+            created_after=created_after,
+            limit=limit,
+            after=after,
         ).raw
     if as_json:
         print_json(page)
         return
     if not page["items"]:
-        out.print("no jobs here" if after or status or label or model else "no jobs yet")
+        is_some = after or status or label or model or created_after
+        out.print("no jobs here" if is_some else "no jobs yet")
         return
     table = Table(box=None)
     for title in ("job", "name", "base model", "σ", "rank", "status", "step", "progress"):
@@ -174,11 +194,12 @@ def resume(job_id: JobId, as_json: AsJson = False) -> None:
 def retry(
     job_id: JobId,
     follow: Annotated[bool, typer.Option("--watch", "-w", help="Follow it to its end.")] = False,
+    idempotency_key: IdempotencyKey = None,
     as_json: AsJson = False,
 ) -> None:
     """Submit a job that is over once more, as a new job."""
     with connected(as_json=as_json) as client:
-        job = client.jobs.retry(job_id)
+        job = client.jobs.retry(job_id, idempotency_key=idempotency_key)
         if follow:
             if not as_json:
                 out.print(f"submitted {job.id}", highlight=False)
@@ -199,17 +220,13 @@ def delete(job_id: JobId, as_json: AsJson = False) -> None:
 
 @jobs.command()
 def download(
-    job_id: JobId,
-    target: Annotated[
-        Path | None, typer.Option("--to", help="Folder for the adapter. Default: ./<job id>")
-    ] = None,
-    as_json: AsJson = False,
+    job_id: JobId, target: Target = None, tar: AsTar = False, as_json: AsJson = False
 ) -> None:
     """Download the adapter of a finished job into a folder that PEFT can load.
 
     One that was interrupted goes on where it was.
     """
-    fetch_adapter(job_id, target or Path(job_id), as_json=as_json)
+    fetch_adapter(job_id, target, as_tar=tar, as_json=as_json)
 
 
 def follow_job(

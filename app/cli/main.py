@@ -11,7 +11,7 @@ import typer
 from pydantic import ValidationError
 
 from app import __version__
-from app.cli.account import audit, models, quota, webhooks
+from app.cli.account import audit, models, quota, service_version, webhooks
 from app.cli.adapters import adapters
 from app.cli.datasets import datasets
 from app.cli.doctor import doctor
@@ -105,10 +105,17 @@ def validate(
 
 @cli.command()
 def version(
+    service: Annotated[
+        bool, typer.Option("--service", help="Also the service's: is it ready, what can it do?")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print the version."""
-    if as_json:
+    if service:
+        if not as_json:
+            typer.echo(f"flatlora {__version__}")
+        service_version(as_json=as_json)
+    elif as_json:
         print_json({"version": __version__})
     else:
         typer.echo(f"flatlora {__version__}")

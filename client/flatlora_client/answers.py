@@ -147,7 +147,14 @@ class UploadState(Answer):
     sha256: str
     size: int
     offset: int
+    """Bytes that are there: where the next part begins."""
     dataset: Dataset | None = None
+    """When it is complete."""
+    filename: str | None = None
+    part_size: int | None = None
+    """Bytes that one part may have."""
+    expires_at: datetime | None = None
+    """It is forgotten then, unless something arrives before."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -164,7 +171,19 @@ class Adapter(Answer):
     metrics: dict[str, Any] | None = None
     size: int | None = None
     files: tuple[AdapterFile, ...] = ()
+    url: str | None = None
+    """Where all files are downloaded as one tar: a path below the service's URL."""
     created_at: datetime | None = None
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ModelLimits(Answer):
+    """What a job on a base model may ask for."""
+
+    max_length: int | None = None
+    """Tokens of a row; None where the model does not say."""
+    max_rank: int | None = None
+    max_sigma: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -180,6 +199,7 @@ class BaseModel(Answer):
     dtype: str | None = None
     has_chat_template: bool | None = None
     vocabulary: int | None = None
+    limits: ModelLimits | None = None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -189,7 +209,10 @@ class Models(Answer):
     items: tuple[BaseModel, ...]
     hub: tuple[str, ...] = ()
     """Hub ids that may be named; * stands for anything."""
+    hub_limits: ModelLimits | None = None
+    """Of each model that ``hub`` lets in."""
     limits: dict[str, Any] = field(default_factory=dict)
+    """Of every job: max_rank, max_sigma, max_dataset_bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -275,11 +298,67 @@ class Delivery(Answer):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
+class WebhookTested(Attempt):
+    """How a test message fared."""
+
+    id: str | None = None
+    """The receiver has it as ``webhook-id``."""
+    delivered: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class WebhookSecret(Answer):
+    """What a project's webhook messages are signed with."""
+
+    secret: str = field(repr=False)
+    created_at: datetime | None = None
+    previous_until: datetime | None = None
+    """Until then the secret before it signs too."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class QuotaUse(Answer):
+    """How much of something is used, and how much may be."""
+
+    used: float
+    allowed: float | None = None
+    """None: any number."""
+    window_days: int | None = None
+    """Of what is counted over a time: over the last so many days."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Quota(Answer):
+    """What a project may use, and what it has used."""
+
+    project: str | None = None
+    queued: QuotaUse | None = None
+    """Jobs that wait."""
+    running: QuotaUse | None = None
+    """More than allowed wait; they are not refused."""
+    gpu_minutes: QuotaUse | None = None
+    stored_bytes: QuotaUse | None = None
+    """Of datasets."""
+    requests_per_minute: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Readiness(Answer):
+    """A service that can serve."""
+
+    status: str
+    broker: str | None = None
+    """ok, or unreachable, with which jobs are accepted all the same; None: it has none."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Version(Answer):
     """Which service answers."""
 
     version: str
     api: str | None = None
+    commit: str | None = None
+    python: str | None = None
     features: dict[str, Any] = field(default_factory=dict)
 
 

@@ -10,12 +10,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx2
 
-from flatlora_client.answers import JobData, Version
+from flatlora_client.answers import JobData, Quota, Readiness, Version
 from flatlora_client.api import Api
 from flatlora_client.client import Settings, of_job, show_as
 from flatlora_client.http import chunks_async
 from flatlora_client.operations import downloads, following, jobs, service, uploads, waiting
-from flatlora_client.reading import Answer
 from flatlora_client.steps import (
     Close,
     Do,
@@ -87,13 +86,17 @@ class AsyncFlatLora:
         self.deliveries = AsyncDeliveries(self)
         self.webhooks = AsyncWebhooks(self)
 
-    async def quota(self) -> Answer:
+    async def quota(self) -> Quota:
         """What this project may use, and what it has used."""
         return await self._run(service.quota(self._api))
 
     async def version(self) -> Version:
         """Which service answers, and what it can do."""
         return await self._run(service.version(self._api))
+
+    async def ready(self) -> Readiness:
+        """Whether the service can serve now; a ``ServerError`` says why not."""
+        return await self._run(service.ready(self._api))
 
     async def close(self) -> None:
         """Close the connections."""
@@ -260,6 +263,7 @@ class AsyncJobs(AsyncResource):
     logs = iterate(jobs.logs)
     checkpoints = call(jobs.checkpoints)
     download = call(downloads.download)
+    download_tar = call(downloads.download_tar)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -280,6 +284,7 @@ class AsyncJob(JobData):
     logs = of_job(AsyncJobs.logs)
     checkpoints = of_job(AsyncJobs.checkpoints)
     download = of_job(AsyncJobs.download)
+    download_tar = of_job(AsyncJobs.download_tar)
 
 
 class AsyncDatasets(AsyncResource):
@@ -290,6 +295,8 @@ class AsyncDatasets(AsyncResource):
     list = iterate(service.datasets)
     page = call(service.dataset_page)
     delete = call(service.delete_dataset)
+    upload_state = call(uploads.upload_state)
+    forget_upload = call(uploads.forget_upload)
 
 
 class AsyncAdapters(AsyncResource):
@@ -298,6 +305,8 @@ class AsyncAdapters(AsyncResource):
     get = call(service.adapter)
     list = iterate(service.adapters)
     page = call(service.adapter_page)
+    download = call(downloads.download)
+    download_tar = call(downloads.download_tar)
 
 
 class AsyncModels(AsyncResource):

@@ -10,12 +10,11 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx2
 
-from flatlora_client.answers import JobData, Version
+from flatlora_client.answers import JobData, Quota, Readiness, Version
 from flatlora_client.api import Api
 from flatlora_client.client import Settings, of_job, show_as
 from flatlora_client.http import chunks
 from flatlora_client.operations import downloads, following, jobs, service, uploads, waiting
-from flatlora_client.reading import Answer
 from flatlora_client.steps import (
     Close,
     Do,
@@ -90,13 +89,17 @@ class FlatLora:
         self.deliveries = Deliveries(self)
         self.webhooks = Webhooks(self)
 
-    def quota(self) -> Answer:
+    def quota(self) -> Quota:
         """What this project may use, and what it has used."""
         return self._run(service.quota(self._api))
 
     def version(self) -> Version:
         """Which service answers, and what it can do."""
         return self._run(service.version(self._api))
+
+    def ready(self) -> Readiness:
+        """Whether the service can serve now; a ``ServerError`` says why not."""
+        return self._run(service.ready(self._api))
 
     def close(self) -> None:
         """Close the connections."""
@@ -261,6 +264,7 @@ class Jobs(Resource):
     logs = iterate(jobs.logs)
     checkpoints = call(jobs.checkpoints)
     download = call(downloads.download)
+    download_tar = call(downloads.download_tar)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -281,6 +285,7 @@ class Job(JobData):
     logs = of_job(Jobs.logs)
     checkpoints = of_job(Jobs.checkpoints)
     download = of_job(Jobs.download)
+    download_tar = of_job(Jobs.download_tar)
 
 
 class Datasets(Resource):
@@ -291,6 +296,8 @@ class Datasets(Resource):
     list = iterate(service.datasets)
     page = call(service.dataset_page)
     delete = call(service.delete_dataset)
+    upload_state = call(uploads.upload_state)
+    forget_upload = call(uploads.forget_upload)
 
 
 class Adapters(Resource):
@@ -299,6 +306,8 @@ class Adapters(Resource):
     get = call(service.adapter)
     list = iterate(service.adapters)
     page = call(service.adapter_page)
+    download = call(downloads.download)
+    download_tar = call(downloads.download_tar)
 
 
 class Models(Resource):

@@ -1,13 +1,17 @@
 """Every command against a service that keeps to the contract: what it prints, and how it ends."""
 
+import hashlib
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import typer
 from typer.testing import CliRunner, Result
 
+from app import __version__
 from app.cli.main import cli
 from tests.client.conftest import peer as peer
 from tests.client.conftest import served as served
@@ -15,6 +19,7 @@ from tests.client.peer import Json, Peer
 from tests.client.test_downloads import ADAPTER, ROUTE, content
 
 JOB = "job_" + "0" * 32
+SHA256 = "ab" * 32
 RUNNING = {"status": "running", "phase": "training", "total_steps": 10, "progress": None,
            "queue_position": None, "name": None, "created_at": "2026-11-27T10:00:00Z",
            "finished_at": None, "failure": None, "result": None,
@@ -66,6 +71,26 @@ class TestJobs:
     def test_one_is_run_once_more(self, flatlora: Run) -> None:
         again = printed(flatlora("jobs", "retry", JOB, "--json"))
         assert (again["retried_from"], again["id"]) == (JOB, JOB[:-1] + "1")
+
+    def test_a_key_of_ones_own_makes_one_job_of_two_commands(
+        self, peer: Peer, flatlora: Run
+    ) -> None:
+        given = ("jobs", "submit", "-m", "m", "-d", "dataset:ds_1", "--json")
+        first, second, other = (
+            printed(flatlora(*given, *more))["id"]
+            for more in (("--idempotency-key", "mine"), ("--idempotency-key", "mine"), ())
+        )
+        assert first == second != other
+        flatlora("jobs", "retry", JOB, "--idempotency-key", "again")
+        [retried] = peer.asked(f"POST /jobs/{JOB}/retry")
+        assert retried.headers["idempotency-key"] == "again"
+
+    def test_they_are_filtered_by_when_they_were_made(self, peer: Peer, flatlora: Run) -> None:
+        moment = "2026-11-27T10:00:00+01:00"
+        assert flatlora("jobs", "list", "--created-after", moment).exit_code == 0
+        assert unquote(peer.seen[0].query["created_after"]) == moment
+        peer.jobs.clear()
+        assert shown(flatlora("jobs", "list", "--created-after", moment)) == "no jobs here\n"
 
     def test_one_is_removed(self, peer: Peer, flatlora: Run) -> None:
         assert shown(flatlora("jobs", "delete", JOB)) == f"deleted {JOB}\n"
@@ -183,6 +208,26 @@ class TestDownload:
         done = printed(flatlora("jobs", "download", job_id, "--json"), 1)
         assert done["error"]["code"] == "hash_mismatch"
 
+    def test_one_tar_goes_on_too_and_takes_no_others_place(
+        self, peer: Peer, flatlora: Run, tmp_path: Path
+    ) -> None:
+        job_id = peer.publish(ADAPTER)["id"]
+        route = "GET /jobs/*/adapter"
+        peer.when(route, lambda: peer.fail(route, bytes=1_000_000, after=True), of=2)
+        peer.when(route, lambda: peer.fail(route, status=503, times=9), of=3)
+        assert flatlora("jobs", "download", job_id, "--tar").exit_code == 1
+        peer.faults.clear()
+        peer.changes.clear()
+        done = printed(flatlora("jobs", "download", job_id, "--tar", "--json"))
+        assert done == {"job_id": job_id, "file": str(tmp_path / f"{job_id}.tar")}
+        assert peer.asked(route)[-1].headers["range"] == "bytes=1000000-"
+        with tarfile.open(done["file"]) as tar:
+            assert tar.getnames() == [f"adapter/{name}" for name in ADAPTER]
+        again = flatlora("adapters", "download", job_id, "--tar")
+        assert (again.exit_code, "exists already" in again.stderr) == (2, True)
+        assert flatlora("adapters", "download", job_id, "--tar", "--to", "x/a.tar").exit_code == 0
+        assert (tmp_path / "x" / "a.tar").is_file()
+
 
 class TestDatasets:
     def test_a_file_is_uploaded(self, peer: Peer, flatlora: Run, tmp_path: Path) -> None:
@@ -208,6 +253,29 @@ class TestDatasets:
         assert "12.3 kB" in shown(flatlora("datasets", "show", "ds_1"))
         assert shown(flatlora("datasets", "delete", "dataset:ds_1")) == "deleted dataset:ds_1\n"
 
+    def test_they_are_found_by_name_and_hash(self, peer: Peer, flatlora: Run) -> None:
+        peer.answer("GET /datasets", {"items": [], "next": None})
+        listed = shown(flatlora("datasets", "list", "--name", "rows.jsonl", "--sha256", SHA256))
+        assert listed == "no datasets here\n"
+        query = peer.seen[0].query
+        assert (query["filename"], query["sha256"]) == ("rows.jsonl", SHA256)
+
+    def test_an_upload_in_parts_is_looked_at_and_given_up(
+        self, peer: Peer, flatlora: Run, tmp_path: Path
+    ) -> None:
+        (tmp_path / "rows.jsonl").write_text("{}\n")
+        sha256 = hashlib.sha256(b"{}\n").hexdigest()
+        state = {"sha256": sha256, "filename": "[b]rows", "size": 3000, "offset": 1000,
+                 "part_size": 9, "dataset": None, "expires_at": "2026-11-28T10:00:00Z"}  # fmt: skip
+        peer.answer(f"GET /datasets/uploads/{sha256}", state)
+        peer.answer(f"DELETE /datasets/uploads/{sha256}", None)
+        assert printed(flatlora("datasets", "upload-state", sha256, "--json")) == state
+        looked_at = shown(flatlora("datasets", "upload-state", "rows.jsonl"))
+        assert "1.0 kB of 3.0 kB" in looked_at
+        assert "[b]rows" in looked_at
+        assert sha256 in shown(flatlora("datasets", "forget-upload", "rows.jsonl"))
+        assert flatlora("datasets", "forget-upload", "none.jsonl").exit_code == 2
+
     def test_one_that_is_read_is_refused_in_words(self, peer: Peer, flatlora: Run) -> None:
         peer.fail("DELETE /datasets/*", status=409)
         done = flatlora("datasets", "delete", "ds_1")
@@ -228,12 +296,14 @@ class TestTheRest:
         assert str(FILE["sha256"]) in described
 
     def test_models(self, peer: Peer, flatlora: Run) -> None:
-        found = {"items": [{"id": "file:/m/tiny", "parameters": 1234, "has_chat_template": True}],
+        tiny = {"id": "file:/m/tiny", "parameters": 1234, "has_chat_template": True,
+                "limits": {"max_length": 4096, "max_rank": 8, "max_sigma": 1.0}}  # fmt: skip
+        found = {"items": [tiny],
                  "hub": ["Qwen/*"], "limits": {"max_rank": 1024}}  # fmt: skip
         peer.answer("GET /models", found)
         assert printed(flatlora("models", "list", "--json")) == found
         listed = shown(flatlora("models", "list"))
-        for words in ("file:/m/tiny", "1,234", "Qwen/*", "max_rank", "1024"):
+        for words in ("file:/m/tiny", "1,234", "4096", "Qwen/*", "max_rank", "1024"):
             assert words in listed
 
     def test_quota_and_audit(self, peer: Peer, flatlora: Run) -> None:
@@ -261,6 +331,26 @@ class TestTheRest:
         assert "whsec_old" in shown(flatlora("webhooks", "secret"))
         assert "whsec_new" in shown(flatlora("webhooks", "secret", "--rotate"))
         assert printed(flatlora("webhooks", "retry", "msg_1", "--json"))["state"] == "pending"
+
+    def test_the_services_version_and_whether_it_is_ready(self, peer: Peer, flatlora: Run) -> None:
+        told = {"version": "9.9", "features": {"auth": "key", "dataset_schemes": ["file:", "hf:"]}}
+        peer.answer("GET /version", told)
+        peer.answer("GET /readyz", {"status": "ok", "broker": None})
+        assert shown(flatlora("version")) == f"flatlora {__version__}\n"
+        assert peer.seen == []
+        found = printed(flatlora("version", "--service", "--json"))
+        assert found == {
+            "version": __version__,
+            "service": {"url": peer.url, **told, "ready": {"status": "ok", "broker": None}},
+        }
+        lines = [line.split() for line in shown(flatlora("version", "--service")).splitlines()]
+        assert lines[0] == ["flatlora", __version__]
+        assert ["service.features.dataset_schemes", "file:,", "hf:"] in lines
+        assert ["ready.status", "ok"] in lines
+        peer.fail("GET /readyz", status=503, times=9)
+        ill = flatlora("version", "--service")
+        assert (ill.exit_code, "9.9" in ill.stdout, "on_purpose" in ill.stderr) == (1, True, True)
+        assert len(peer.asked("GET /readyz")) == 3
 
     def test_a_page_of_a_proxy_is_no_service(self, peer: Peer, flatlora: Run) -> None:
         peer.answer("GET /quota", [])

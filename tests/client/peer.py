@@ -2,8 +2,10 @@
 
 import asyncio
 import hashlib
+import io
 import json
 import socket
+import tarfile
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -212,19 +214,32 @@ class Peer:
         return self._file(request, request.path_params["name"])
 
     def _file(self, request: Request, name: str) -> Response:
-        content = self.files[name]
+        return self._bytes(request, self.files[name])
+
+    def _bytes(self, request: Request, content: bytes) -> Response:
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
         headers, status, start = {"ETag": etag}, 200, 0
         asked = request.headers.get("range")
         if asked and request.headers.get("if-range", etag) == etag:
-            start, status = int(asked.removeprefix("bytes=").split("-")[0]), 206
+            first, last = asked.removeprefix("bytes=").split("-")
+            start, status = int(first), 206
             if start >= len(content):
                 return problem(416, "range_not_satisfiable")
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        return Response(content[start:], status, headers)
+            end = int(last) + 1 if last else len(content)
+            headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(content)}"
+            return Response(content[start:end], status, headers)
+        return Response(content, status, headers)
 
-    async def no_adapter(self, request: Request) -> Response:
-        return problem(409, "adapter_not_ready", hint="Wait.")
+    async def get_tar(self, request: Request) -> Response:
+        if not self.jobs[request.path_params["id"]]["adapter"]:
+            return problem(409, "adapter_not_ready", hint="Wait.")
+        packed = io.BytesIO()
+        with tarfile.open(fileobj=packed, mode="w") as tar:
+            for name, content in self.files.items():
+                member = tarfile.TarInfo(f"adapter/{name}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        return self._bytes(request, packed.getvalue())
 
     async def create_dataset(self, request: Request) -> Response:
         content = await request.body()
@@ -276,7 +291,7 @@ class Peer:
                 Route("/jobs/{id}", self.delete_job, methods=["DELETE"]),
                 Route("/jobs/{id}/events", self.list_events),
                 Route("/jobs/{id}/logs", self.list_logs),
-                Route("/jobs/{id}/adapter", self.no_adapter),
+                Route("/jobs/{id}/adapter", self.get_tar),
                 Route("/jobs/{id}/adapter/{name:path}", self.get_file),
                 Route("/jobs/{id}/{action}", self.act, methods=["POST"]),
                 Route("/store/{name}", self.get_stored),

@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import re
 import subprocess
 import sys
 import tomllib
@@ -90,6 +91,17 @@ def test_both_kinds_have_the_same_surface() -> None:
             assert signature.parameters.keys() == surface(twin)[name].parameters.keys()
     client.close()
     asyncio.run(other.close())
+
+
+def test_its_readme_names_every_method() -> None:
+    readme = (Path(__file__).parents[2] / "client" / "README.md").read_text()
+    with FlatLora("http://a") as client:
+        for name, kind in resources(client).items():
+            if name == "url":
+                continue
+            [row] = [line for line in readme.splitlines() if line.startswith("|") and name in line]
+            told = set(re.findall(r"`(?:client\.)?(\w+)`", row))
+            assert surface(kind).keys() <= told, name
 
 
 def test_its_names_are_sorted_and_there() -> None:

@@ -1,23 +1,25 @@
-"""The files of an adapter, into a folder: taken up again where they broke off, and checked."""
+"""An adapter, as a folder of files or as one tar: checked against what the service published."""
 
-import hashlib
 import os
 import re
-from collections.abc import Callable
+import tarfile
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO, cast
 
-import httpx2
-
-from flatlora_client.answers import AdapterFile, JobData
-from flatlora_client.api import Api, next_item, path_of
-from flatlora_client.errors import APIError, HashMismatch, UnexpectedAnswer
+from flatlora_client.answers import AdapterFile, AdapterFiles
+from flatlora_client.api import Api, path_of
+from flatlora_client.errors import HashMismatch, UnexpectedAnswer
+from flatlora_client.operations.fetching import (
+    Content,
+    Fetch,
+    Progress,
+    Tally,
+    digest_of,
+    sha256_of,
+)
 from flatlora_client.operations.jobs import JobRef, get, id_of
-from flatlora_client.steps import CHUNK, Close, Flow, Request, Sleep, Stream, do
-
-Progress = Callable[[int, int], object]
-"""Is told how many bytes are there, and of how many."""
+from flatlora_client.steps import Close, Flow, Request, do
 
 
 def download(
@@ -37,15 +39,16 @@ def download(
         Conflict: the job has no adapter, or not yet.
         HashMismatch: other bytes came; they are removed.
     """
-    found = yield from _finished(api, id_of(job))
-    target, files = Path(folder), found.adapter.files if found.adapter else ()
+    job_id = id_of(job)
+    found = yield from _finished(api, job_id)
+    target, files = Path(folder), found.files
     for file in files:
         _check_name(file.name)
     yield from do(partial(target.mkdir, parents=True, exist_ok=True))
-    tally = _Tally(sum(file.size for file in files), progress)
+    tally = Tally(sum(file.size for file in files), progress)
     missing = []
     for file in files:
-        item = _File(api, found.id, file, target / file.name, tally)
+        item = Fetch(api, _content(job_id, file), target / file.name, tally)
         if not (yield from item.is_there()):
             missing.append(item)
     # Until all are there, some .part is: the folder shows that it is not finished.
@@ -56,14 +59,43 @@ def download(
     return target
 
 
-def _finished(api: Api, job_id: str) -> Flow[JobData]:
+def download_tar(
+    api: Api,
+    /,
+    job: JobRef,
+    path: str | os.PathLike[str],
+    *,
+    progress: Progress | None = None,
+) -> Flow[Path]:
+    """Fetch a job's adapter as one tar, which holds the folder ``adapter``; the path is returned.
+
+    It is ``NAME.part`` until every file in it has the sha256 that the service has published.
+    Called again after it was interrupted, it goes on where it was.
+
+    Raises:
+        Conflict: the job has no adapter, or not yet.
+        HashMismatch: other bytes came; they are removed.
+    """
+    job_id = id_of(job)
+    found, target = (yield from _finished(api, job_id)), Path(path)
+    content = yield from _tar_content(api, job_id, found.files, target.name)
+    yield from do(partial(target.parent.mkdir, parents=True, exist_ok=True))
+    item = Fetch(api, content, target, Tally(content.size, progress))
+    if not (yield from item.is_there()):
+        yield from item.fetch()
+    return target
+
+
+def _finished(api: Api, job_id: str) -> Flow[AdapterFiles]:
     job = yield from get(api, job_id)
     if job.adapter is None:
         # The service knows best why there is none: it refuses this.
         path, headers = path_of("jobs", job_id, "adapter"), {"Range": "bytes=0-0"}
         yield from api.send(Request("GET", path, headers=headers))
         job = yield from get(api, job_id)  # it was published just now
-    return job
+    if job.adapter is None:
+        raise UnexpectedAnswer(f"{job_id} has an adapter, but the service lists no files of it")
+    return job.adapter
 
 
 def _check_name(name: str) -> None:
@@ -72,145 +104,47 @@ def _check_name(name: str) -> None:
         raise UnexpectedAnswer(f"found a file called {name!r}, expected a plain name")
 
 
-class _Tally:
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.total = total
-        self.done = 0
-        self._progress = progress
-
-    def add(self, size: int) -> None:
-        self.done += size
-        if self._progress:
-            self._progress(self.done, self.total)
+def _content(job_id: str, file: AdapterFile) -> Content:
+    path = path_of("jobs", job_id, "adapter", file.name)
+    return Content(path, file.name, file.size, f'"{file.sha256}"', partial(_fault, file))
 
 
-class _File:
-    """One file on its way to its place."""
-
-    def __init__(
-        self, api: Api, job_id: str, file: AdapterFile, target: Path, tally: _Tally
-    ) -> None:
-        self._api = api
-        self._path = path_of("jobs", job_id, "adapter", file.name)
-        self._file = file
-        self._target = target
-        self.part = target.with_name(target.name + ".part")
-        self._tally = tally
-
-    def is_there(self) -> Flow[bool]:
-        """Whether it has been fetched before."""
-        found = yield from do(partial(is_whole, self._target, self._file))
-        if found:
-            self._tally.add(self._file.size)
-        return found
-
-    def fetch(self) -> Flow[None]:
-        file = self._file
-        was_resumed = yield from self._fetch_part()
-        found = yield from do(partial(sha256_of, self.part))
-        if found != file.sha256 and was_resumed:
-            # What was left from before may have been of another adapter: once more, from the start.
-            yield from self._start_anew()
-            yield from self._fetch_part()
-            found = yield from do(partial(sha256_of, self.part))
-        if found != file.sha256:
-            yield from do(self.part.unlink)
-            raise HashMismatch(file.name, expected=file.sha256, found=found)
-        yield from do(partial(self.part.replace, self._target))
-
-    def _fetch_part(self) -> Flow[bool]:
-        """Returns whether some of it was there before."""
-        failures, size = 0, (yield from do(self._size))
-        if size > self._file.size:
-            yield from self._start_anew()
-            size = 0
-        self._tally.add(size)
-        was_resumed = size > 0
-        while size < self._file.size or size == 0:
-            before = size
-            try:
-                size = yield from self._fetch_from(size)
-                if size == self._file.size:
-                    break
-                trouble = f"{self._file.name} ended after {size} of {self._file.size} bytes"
-            except httpx2.TransportError as error:
-                trouble = str(error) or type(error).__name__
-                size = yield from do(self._size)
-            failures = 1 if size > before else failures + 1
-            if failures > self._api.retries.most:
-                raise self._api.unreached(trouble)
-            yield Sleep(self._api.retries.pause(failures, None))
-        return was_resumed
-
-    def _fetch_from(self, start: int) -> Flow[int]:
-        """Have the rest appended. Returns how long the part is now."""
-        try:
-            stream = yield from self._api.open(self._request(start))
-        except APIError as error:
-            if error.status != 416 or start == 0:
-                raise
-            yield from self._start_anew()
-            return 0
-        if start and not _continues(stream.response, start):
-            yield from self._start_anew()
-            start = 0
-        with self.part.open("ab") as out:
-            start = yield from self._append(stream, start, out)
-            yield from do(partial(_settle, out))
-        yield Close(stream)
-        return start
-
-    def _append(self, stream: Stream, size: int, out: BinaryIO) -> Flow[int]:
-        """Written a megabyte at a time; what had come when the connection broke is kept too."""
-        held = bytearray()
-        try:
-            while chunk := (yield from next_item(stream)):
-                size += len(chunk)
-                if size > self._file.size:
-                    yield from self._refuse(stream, size)
-                held += chunk
-                self._tally.add(len(chunk))
-                if len(held) >= CHUNK:
-                    yield from do(partial(out.write, bytes(held)))
-                    held.clear()
-        finally:
-            out.write(held)
-        return size
-
-    def _request(self, start: int) -> Request:
-        headers = {"Accept-Encoding": "identity"}
-        if start:
-            headers |= {"Range": f"bytes={start}-", "If-Range": f'"{self._file.sha256}"'}
-        return Request("GET", self._path, headers=headers, follows_redirects=True)
-
-    def _refuse(self, stream: Stream, size: int) -> Flow[None]:
-        yield Close(stream)
-        yield from do(self.part.unlink)
-        raise UnexpectedAnswer(
-            f"{self._file.name}: found {size} bytes or more, expected {self._file.size}"
-        )
-
-    def _start_anew(self) -> Flow[None]:
-        size = yield from do(self._size)
-        yield from do(partial(self.part.unlink, missing_ok=True))
-        self._tally.add(-size)
-
-    def _size(self) -> int:
-        try:
-            return self.part.stat().st_size
-        except FileNotFoundError:
-            return 0
+def _fault(file: AdapterFile, path: Path) -> HashMismatch | None:
+    found = sha256_of(path)
+    wrong = HashMismatch(file.name, expected=file.sha256, found=found)
+    return None if found == file.sha256 else wrong
 
 
-def _continues(response: httpx2.Response, start: int) -> bool:
-    said = response.headers.get("content-range", "")
-    return response.status_code == 206 and said.startswith(f"bytes {start}-")
+def _tar_content(api: Api, job_id: str, files: tuple[AdapterFile, ...], name: str) -> Flow[Content]:
+    """A tar's size and ETag are told with its first byte; a refusal says why."""
+    path, headers = path_of("jobs", job_id, "adapter"), {"Accept-Encoding": "identity"}
+    stream = yield from api.open(Request("GET", path, headers={**headers, "Range": "bytes=0-0"}))
+    yield Close(stream)
+    told = stream.response.headers
+    size = told.get("content-range", "").rpartition("/")[2] or told.get("content-length", "")
+    etag = told.get("etag")
+    if not size.isdigit() or not etag:
+        raise UnexpectedAnswer(f"the tar of {job_id} comes without its size or its ETag")
+    return Content(path, name, int(size), etag, partial(_tar_fault, files))
 
 
-def _settle(out: BinaryIO) -> None:
-    """Before a file gets its name it is on the disk."""
-    out.flush()
-    os.fsync(out.fileno())
+def _tar_fault(files: tuple[AdapterFile, ...], path: Path) -> HashMismatch | None:
+    """The first file that is not in the tar as it was published."""
+    found: dict[str, str] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                content: IO[bytes] | None = tar.extractfile(member)
+                if content:
+                    digest = digest_of(cast("BinaryIO", content))
+                    found[member.name.rpartition("/")[2]] = digest
+    except tarfile.TarError:
+        pass  # what could be read before is compared: something is missing
+    for file in files:
+        if found.get(file.name) != file.sha256:
+            said = found.get(file.name, "no such file")
+            return HashMismatch(file.name, expected=file.sha256, found=said)
+    return None
 
 
 def is_whole(path: Path, file: AdapterFile) -> bool:
@@ -221,12 +155,3 @@ def is_whole(path: Path, file: AdapterFile) -> bool:
     except FileNotFoundError:
         return False
     return sha256_of(path) == file.sha256
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()

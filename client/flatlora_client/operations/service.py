@@ -11,25 +11,45 @@ from flatlora_client.answers import (
     Key,
     Models,
     Page,
+    Quota,
+    Readiness,
     Version,
+    WebhookSecret,
+    WebhookTested,
     Worker,
 )
 from flatlora_client.api import Api, given, path_of
 from flatlora_client.operations.jobs import JobRef, id_of
-from flatlora_client.reading import Answer, read
-from flatlora_client.steps import Flow, Items
+from flatlora_client.reading import read
+from flatlora_client.retries import Retries
+from flatlora_client.steps import Flow, Items, Request
 
 
-def datasets(api: Api, /, *, limit: int | None = None) -> Items[Dataset]:
+def datasets(
+    api: Api,
+    /,
+    *,
+    limit: int | None = None,
+    sha256: str | None = None,
+    filename: str | None = None,
+) -> Items[Dataset]:
     """Iterate over datasets, newest first; ``limit`` is how many are fetched at a time."""
-    return api.pages(Dataset, "/datasets", {"limit": limit})
+    params = {"sha256": sha256, "filename": filename, "limit": limit}
+    return api.pages(Dataset, "/datasets", params)
 
 
 def dataset_page(
-    api: Api, /, *, limit: int | None = None, after: str | None = None
+    api: Api,
+    /,
+    *,
+    limit: int | None = None,
+    after: str | None = None,
+    sha256: str | None = None,
+    filename: str | None = None,
 ) -> Flow[Page[Dataset]]:
     """One page of datasets, newest first."""
-    return (yield from api.page(Dataset, "/datasets", {"limit": limit, "after": after}))
+    params = {"sha256": sha256, "filename": filename, "limit": limit, "after": after}
+    return (yield from api.page(Dataset, "/datasets", params))
 
 
 def dataset(api: Api, /, dataset_id: str) -> Flow[Dataset]:
@@ -112,9 +132,9 @@ def create_key(
     return read(Key, (yield from api.post("/keys", body, is_repeatable=False)))
 
 
-def revoke_key(api: Api, /, key_id: str) -> Flow[None]:
-    """End an API key. For admins."""
-    yield from api.delete(path_of("keys", key_id))
+def revoke_key(api: Api, /, key_id: str) -> Flow[Key]:
+    """End an API key; repeatable. For admins."""
+    return read(Key, (yield from api.json(Request("DELETE", path_of("keys", key_id)))))
 
 
 def audit(
@@ -144,9 +164,19 @@ def audit_page(
     return (yield from api.page(AuditEvent, "/audit", params))
 
 
-def quota(api: Api, /) -> Flow[Answer]:
+def quota(api: Api, /) -> Flow[Quota]:
     """What this project may use, and what it has used."""
-    return (yield from api.get(Answer, "/quota"))
+    return (yield from api.get(Quota, "/quota"))
+
+
+def ready(api: Api, /) -> Flow[Readiness]:
+    """Whether the service can serve. It is asked once: whoever asks wants to know how it is now.
+
+    Raises:
+        ServerError: it cannot; ``code`` is ``not_ready``, and ``detail`` says what is missing.
+    """
+    response = yield from api.send(Request("GET", "/readyz"), retries=Retries(most=0))
+    return read(Readiness, api.object(api.url, response))
 
 
 def version(api: Api, /) -> Flow[Version]:
@@ -164,18 +194,18 @@ def retry_delivery(api: Api, /, delivery_id: str) -> Flow[Delivery]:
     return read(Delivery, (yield from api.post(path_of("deliveries", delivery_id, "retry"))))
 
 
-def test_webhook(api: Api, /, url: str) -> Flow[Answer]:
+def test_webhook(api: Api, /, url: str) -> Flow[WebhookTested]:
     """Have a test message sent to a URL, and see what it answered."""
-    return read(Answer, (yield from api.post("/webhooks/test", {"url": url})))
+    return read(WebhookTested, (yield from api.post("/webhooks/test", {"url": url})))
 
 
-def webhook_secret(api: Api, /) -> Flow[Answer]:
+def webhook_secret(api: Api, /) -> Flow[WebhookSecret]:
     """The secret that webhook messages are signed with. For admins."""
-    return (yield from api.get(Answer, "/webhooks/secret"))
+    return (yield from api.get(WebhookSecret, "/webhooks/secret"))
 
 
-def rotate_webhook_secret(api: Api, /) -> Flow[Answer]:
+def rotate_webhook_secret(api: Api, /) -> Flow[WebhookSecret]:
     """Sign with another secret from now on. For admins."""
     # A second rotation would end the secret that the first has shown.
     found = yield from api.post("/webhooks/secret", is_repeatable=False)
-    return read(Answer, found)
+    return read(WebhookSecret, found)

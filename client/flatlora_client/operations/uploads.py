@@ -8,7 +8,7 @@ from pathlib import Path
 from flatlora_client.answers import Dataset, UploadState
 from flatlora_client.api import Api, new_key, path_of
 from flatlora_client.errors import APIError, Conflict, NotFound, UnexpectedAnswer
-from flatlora_client.operations.downloads import sha256_of
+from flatlora_client.operations.fetching import sha256_of
 from flatlora_client.reading import read
 from flatlora_client.steps import Flow, Request, do
 
@@ -45,6 +45,16 @@ def upload(
     if progress:
         progress(size, size)
     return found
+
+
+def upload_state(api: Api, /, sha256: str) -> Flow[UploadState]:
+    """How far an upload in parts has come, by the sha256 of the whole file."""
+    return (yield from api.get(UploadState, path_of("datasets", "uploads", sha256)))
+
+
+def forget_upload(api: Api, /, sha256: str) -> Flow[None]:
+    """Give up an upload that is not complete: what has arrived of it is removed."""
+    yield from api.delete(path_of("datasets", "uploads", sha256))
 
 
 def _at_once(api: Api, source: Path, name: str, size: int) -> Flow[Dataset]:
