@@ -1,4 +1,4 @@
-"""The guide leaves out no field and no setting; no link leads nowhere; nothing waits to be filled in.
+"""The guide leaves out no field and no setting; no link leads nowhere; no gap waits to be filled.
 
 That docs/errors.md leaves out no error is tested beside their provoking, in test_errors.py.
 """
