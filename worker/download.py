@@ -1,10 +1,12 @@
 """Fetching a base model from the hub, in a process that can be stopped."""
 
 import logging
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     FileMetadataError,
     HfHubHTTPError,
@@ -13,6 +15,7 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import ModelInfo
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
@@ -26,6 +29,7 @@ WEIGHTS = "*.safetensors"
 # What else a base model needs, and nothing that could run code: no pickles, no scripts.
 DESCRIPTION = ["*.json", "*.jinja", "*.model", "tokenizer*", "vocab*", "merges*"]
 NEVER = ["*.py", "*.so", "*.pkl", "*.pickle", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.joblib"]
+BROKEN_SECONDS = 3600  # without a byte: nobody writes it any more
 AWAY = (HfHubHTTPError, httpx2.HTTPError, OfflineModeIsEnabled)
 
 
@@ -75,6 +79,7 @@ def _fetched(name: str, revision: str | None, patterns: list[str], max_bytes: in
     if described.sha is None:
         raise FileMetadataError("the hub names no commit")
     _check_size(name, described, patterns, max_bytes)
+    _forget_broken(name)
     found = Path(
         snapshot_download(
             name, revision=described.sha, allow_patterns=patterns, ignore_patterns=NEVER
@@ -111,6 +116,15 @@ def _check_size(name: str, described: ModelInfo, patterns: list[str], max_bytes:
             "Name a smaller model, raise FLATLORA_MAX_MODEL_BYTES, or put the model in a folder "
             "and name it as file:.",
         )
+
+
+def _forget_broken(name: str) -> None:
+    """Remove halves of files whose process was ended: the hub's client reads none of them."""
+    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
+    for path in folder.glob("blobs/*.incomplete"):
+        with suppress(OSError):
+            if path.stat().st_mtime < time.time() - BROKEN_SECONDS:
+                path.unlink()
 
 
 def _remember(found: Path, revision: str) -> None:

@@ -122,7 +122,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models") / "root"
     (root / "a" / "b").mkdir(parents=True)
     outside = make_model(root.parent / "outside.jsonl")
-    assert resolve_model_folder(file_uri(outside), [root.parent])
+    assert resolve_model_folder(file_uri(outside), [root.parent]) == outside
     (root / "link.jsonl").symlink_to(outside)
     (root / "up").symlink_to(root.parent)
     return root

@@ -1,5 +1,7 @@
 """A base model of the hub is measured before it is fetched, and its time is limited."""
 
+import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,6 +77,22 @@ class TestSize:
         monkeypatch.setattr(hub, "describe", moving)
         assert fetch("main").name == COMMITS[0]
         assert "9,300 bytes" in why("main").message
+
+    def test_halves_that_an_ended_process_has_left_do_not_fill_the_disk(
+        self, hub: Hub, tmp_path: Path
+    ) -> None:
+        blobs = tmp_path / "cache" / "models--org--name" / "blobs"
+        blobs.mkdir(parents=True)
+        for name, hours in {"old.incomplete": 2, "young.incomplete": 0, "whole": 2}.items():
+            (blobs / name).write_bytes(b"half")
+            then = time.time() - 3600 * hours
+            os.utime(blobs / name, (then, then))
+        fetch()
+        left = {path.name for path in blobs.iterdir()}
+        assert left & {"old.incomplete", "young.incomplete", "whole"} == {
+            "young.incomplete",
+            "whole",
+        }
 
     @pytest.mark.parametrize("revision", [None, "main", COMMITS[0]])
     def test_when_the_hub_is_away_the_cache_is_used(
