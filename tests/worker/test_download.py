@@ -18,7 +18,10 @@ from worker.training.errors import BaseModelUnavailable
 
 WANTED = {"config.json": b"{}" * 50, "tokenizer.json": b"{}" * 100}
 WEIGHTS = {"model.safetensors": bytes(1000)}
-UNWANTED = {"pytorch_model.bin": bytes(5000), "modeling_evil.py": bytes(700), "README.md": b"#"}
+UNWANTED = {
+    "pytorch_model.bin": bytes(5000), "modeling_evil.py": bytes(700), "tokenizer.py": bytes(90),
+    "README.md": b"#",
+}  # fmt: skip
 SIZE = 100 + 200 + 1000
 
 
