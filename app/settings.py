@@ -134,6 +134,10 @@ class Settings(BaseSettings):
     max_dataset_bytes: PositiveInt = 4 << 30
     dataset_seconds: PositiveFloat = 3600
     """How long the worker may take to fetch one dataset from elsewhere."""
+    max_model_bytes: PositiveInt = 500 << 30
+    """What the worker may fetch of one base model of the hub."""
+    model_seconds: PositiveFloat = 6 * 3600
+    """How long it may take for that."""
     max_part_bytes: PositiveInt = 64 << 20
     """Of a dataset that comes in several requests, what one of them may bring."""
 

@@ -21,7 +21,7 @@ from app.net.urls import bare, check_url
 from app.settings import Settings
 from worker.pipe import PipeReporter
 from worker.process import Task
-from worker.training.errors import DatasetUnavailable
+from worker.training.errors import DatasetUnavailable, JobError
 
 TASKS: dict[str, Task] = {
     "https": "web", "http": "web", "s3": "bucket", "gs": "bucket", "az": "bucket", "hf": "hub",
@@ -139,19 +139,18 @@ def write_hashed(order: Order, chunks: Iterable[bytes]) -> str:
     return digest.hexdigest()
 
 
-def watch_the_clock(order: Order, reporter: PipeReporter) -> None:
-    """Say now and then that this process lives, and end it when its time is over.
+def watch_the_clock(seconds: float, failure: JobError, reporter: PipeReporter) -> None:
+    """Say now and then that this process lives, and end it with the failure after its time.
 
     From another thread, as libraries and the system's resolver cannot be interrupted.
     """
 
     def watch() -> None:
-        left = order.seconds
+        left = seconds
         while left > 0:
             pause.wait(min(left, BEAT_SECONDS))
             left -= BEAT_SECONDS
             reporter.phase("fetching")
-        failure = took_too_long(order)
         reporter.failed(failure.reason, failure.message, failure.hint)
         os._exit(1)
 

@@ -212,7 +212,8 @@ class Supervisor:
     def _fetch(self, folder: Path, lease: Lease, progress: Progress, watch: Watch) -> None:
         def download(name: str, revision: str | None) -> Path:
             what = "description" if lease.spec["dry_run"] else "all"
-            arguments = (name, revision or "", what)
+            limits = str(self._settings.max_model_bytes), f"{self._settings.model_seconds:g}"
+            arguments = (name, revision or "", what, *limits)
             found = self._run("download", folder, lease, progress, watch, *arguments)
             return Path(found["path"])
 

@@ -1,6 +1,7 @@
 """The trainer process: one job, then the end. It holds no key to the database or the broker.
 
-    python -m worker.trainer download <job folder> <report descriptor> <hub id> <revision> <what>
+    python -m worker.trainer download <job folder> <report descriptor> \\
+        <hub id> <revision> <what> <most bytes> <most seconds>
     python -m worker.trainer hub|web|bucket <job folder> <report descriptor> <order>
     python -m worker.trainer train    <job folder> <report descriptor>
     python -m worker.trainer verify   <job folder> <report descriptor>
@@ -148,22 +149,28 @@ def _download(
     name: str,
     revision: str,
     what: str,
+    max_bytes: str,
+    seconds: str,
 ) -> None:
     _die_at_once(control)  # what has come stays in the cache
 
-    from worker.download import download_model
+    from worker.download import download_model, took_too_long
+    from worker.remote import watch_the_clock
 
-    path = download_model(name, revision or None, with_weights=what == "all")
+    watch_the_clock(float(seconds), took_too_long(name, float(seconds)), reporter)
+    path = download_model(
+        name, revision or None, with_weights=what == "all", max_bytes=int(max_bytes)
+    )
     reporter.result({"path": str(path)})
 
 
 def _fetch(_folder: Path, reporter: PipeReporter, control: Signals, order: str) -> None:
     _die_at_once(control)
 
-    from worker.remote import Order, bring, watch_the_clock
+    from worker.remote import Order, bring, took_too_long, watch_the_clock
 
     ordered = Order.read(Path(order))
-    watch_the_clock(ordered, reporter)
+    watch_the_clock(ordered.seconds, took_too_long(ordered), reporter)
     reporter.result(asdict(bring(ordered)))
 
 

@@ -1,4 +1,4 @@
-"""The guide leaves out no field and no setting; no link leads nowhere.
+"""The guide leaves out no field and no setting; no link leads nowhere; no gap waits to be filled.
 
 That docs/errors.md leaves out no error is tested beside their provoking, in test_errors.py.
 """
@@ -23,6 +23,12 @@ PAGES = [
     *ROOT.glob("client/*.md"),
 ]
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)]*))?\)")
+UNFINISHED = re.compile(
+    r"""\b(?:TODO|FIXME|XXX+|TBD|TBA|PLACEHOLDER)\b
+      | \|\s*(?:START|END|VALUE|NUMBER|RESULT|FILL|HERE|\?+|\.\.\.)\s*\|   # alone in its cell
+      | <<<<<<<|>>>>>>>|\?{3}""",
+    re.VERBOSE,
+)
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
@@ -74,3 +80,23 @@ def test_every_anchor_is_a_heading(page: Path) -> None:
         target = page.parent / path if path else page
         if anchor and target.suffix == ".md":
             assert anchor in anchors(target), f"{path}#{anchor}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_page_waits_to_be_filled_in(page: Path) -> None:
+    lines = enumerate(page.read_text().splitlines(), start=1)
+    assert [(number, line) for number, line in lines if UNFINISHED.search(line)] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["| start of the API | START | 1.5 s |", "TODO: measure", "costs XXX s", "<!-- FIXME -->",
+     "| a | ? |", "| TBD | 3 |", "takes ??? s"],
+)  # fmt: skip
+def test_a_line_that_waits_to_be_filled_in_is_found(line: str) -> None:
+    assert UNFINISHED.search(line)
+
+
+@pytest.mark.parametrize("line", ["| `START` | a constant |", "Start | end", "what is a job?"])
+def test_a_line_that_is_finished_is_not(line: str) -> None:
+    assert not UNFINISHED.search(line)

@@ -330,7 +330,7 @@ def _labels(folder: Path) -> dict[str, str]:
 
 
 def _download(
-    folder: Path, reporter: PipeReporter, _control: Control, name: str, revision: str, _what: str
+    folder: Path, reporter: PipeReporter, _control: Control, name: str, revision: str, *_rest: str
 ) -> None:
     """A folder named by a commit, which depends on what was asked for alone."""
     commit = hashlib.sha1(f"{name} {revision}".encode(), usedforsecurity=False).hexdigest()

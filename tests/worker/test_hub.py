@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import constants, file_download, hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 
-from tests.worker.hub import COMMITS, Hub, small_hub
+from tests.worker.hub import COMMITS, Hub, point_library_at, small_hub
 from tests.worker.ordering import ROWS, order_of
 from worker import hub as worker_hub
 from worker.hub import bring_hub_file
@@ -19,18 +19,11 @@ OTHERS = ROWS + ROWS
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The library has read the environment long ago: what it made of it is replaced."""
     with small_hub() as hub:
         hub.files = {
             (COMMITS[0], "data/rows.jsonl"): ROWS, (COMMITS[1], "data/rows.jsonl"): OTHERS,
         }  # fmt: skip
-        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        for module in (constants, file_download):
-            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+        point_library_at(hub, tmp_path, monkeypatch)
         monkeypatch.setattr(worker_hub, "FIRST_WAIT", 0.01)
         yield hub
 

@@ -9,6 +9,7 @@ import httpx2
 import obstore
 import pytest
 import torch
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore
@@ -95,5 +96,6 @@ def test_a_download_that_fails_says_why(
         raise error
 
     monkeypatch.setattr(download, "snapshot_download", fail)
+    monkeypatch.setattr(HfApi, "model_info", fail)
     with pytest.raises(kind):
-        download.download_model("org/model", None, with_weights=True)
+        download.download_model("org/model", None, with_weights=True, max_bytes=1)
