@@ -56,7 +56,7 @@ TITLES = {
     503: "Not ready",
 }
 
-EXAMPLE = {
+EXAMPLE: dict[str, Any] = {
     "type": "about:blank",
     "title": "Conflict",
     "status": 409,

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from app.jobs.figures import Figures, Progress, Result
 from app.jobs.schemas import JobCreate
 from app.jobs.states import Phase, Reason, Status
 
@@ -40,12 +41,12 @@ class JobSummary(BaseModel):
     )
     step: int
     total_steps: int | None
-    progress: dict[str, Any] | None
+    progress: Progress | None
     attempt: int
     retried_from: str | None = Field(description="The job that this one does again.")
     failure: Failure | None
     spec: JobCreate = Field(description="The job as asked for, every default written out.")
-    result: dict[str, Any] | None = Field(description="Held-out loss before and after, and more.")
+    result: Result | None = Field(description="Held-out loss before and after, and more.")
     adapter: Adapter | None
     created_at: datetime
     updated_at: datetime
@@ -110,7 +111,7 @@ class CheckpointPage(BaseModel):
 class Metric(BaseModel):
     step: int
     series: Literal["train", "held_out"]
-    data: dict[str, Any]
+    data: Figures
 
 
 class MetricSeries(BaseModel):

@@ -164,9 +164,7 @@ def is_listed(response: Answer, code: str) -> None:
 def operation_of(response: Answer) -> Json:
     method, path = response.request.method.lower(), response.url.path
     for template, item in DOCUMENT["paths"].items():
-        pattern = re.sub(
-            r"\{(\w+)\}", lambda part: ".+" if part[1] == "model" else "[^/]+", template
-        )
+        pattern = re.sub(r"\{\w+\}", "[^/]+", template.replace("{model}", ".+"))
         if re.fullmatch(pattern, path) and method in item:
             found: Json = item[method]
             return found
