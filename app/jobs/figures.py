@@ -4,30 +4,28 @@ They pass through as they were written: what is not there stays away, and what a
 is passed on.
 """
 
-from pydantic import ConfigDict, with_config
+from typing import Annotated
+
+from pydantic import ConfigDict, Field, with_config
 from typing_extensions import TypedDict
 
-OPEN = ConfigDict(extra="allow", use_attribute_docstrings=True)
+OPEN = ConfigDict(extra="allow")
 
 
 @with_config(OPEN)
 class StepFigures(TypedDict, total=False):
-    """Of an optimizer step."""
+    """Of an optimizer step. null where a number was not finite."""
 
-    loss: float | None
-    """Mean over the step's target tokens; null where it was not finite."""
+    loss: Annotated[float | None, Field(description="Mean over the step's target tokens.")]
     learning_rate: float | None
-    sigma: float | None
-    """The strength of Flat-LoRA's noise in this step."""
-    grad_norm: float | None
-    """Before clipping; null where it was not finite."""
-    tokens: float | None
-    """That the step has read, without padding."""
+    sigma: Annotated[float | None, Field(description="Strength of the noise in this step.")]
+    grad_norm: Annotated[float | None, Field(description="Before clipping.")]
+    tokens: Annotated[float | None, Field(description="Read in this step, without padding.")]
     tokens_per_second: float | None
-    eta_seconds: float | None
-    """Left, as the steps so far have taken."""
-    gpu_memory_bytes: float | None
-    """The most that was in use, where there is a GPU."""
+    eta_seconds: Annotated[float | None, Field(description="Left, as the steps so far took.")]
+    gpu_memory_bytes: Annotated[
+        float | None, Field(description="The most that was in use, where there is a GPU.")
+    ]
 
 
 @with_config(OPEN)
@@ -35,23 +33,22 @@ class HeldOutFigures(TypedDict, total=False):
     """Of held-out rows, after a step."""
 
     loss: float | None
-    accuracy: float | None
-    """Share of the target tokens that were guessed."""
+    accuracy: Annotated[float | None, Field(description="Share of the target tokens guessed.")]
 
 
 @with_config(OPEN)
-class Figures(StepFigures, HeldOutFigures, total=False):
-    """Of a step; or of held-out rows: loss and accuracy."""
+class Figures(StepFigures, total=False):
+    """Of a step; of held-out rows `loss` and `accuracy` alone."""
+
+    accuracy: Annotated[float | None, Field(description="Share of the target tokens guessed.")]
 
 
 @with_config(OPEN)
 class Progress(StepFigures, total=False):
     """Of the last step; or, before there is one, of the rows that are checked."""
 
-    rows: int | None
-    """Rows that have been read."""
-    of: int | None
-    """Of how many, where that is known."""
+    rows: Annotated[int | None, Field(description="Rows that have been read.")]
+    of: Annotated[int | None, Field(description="Of how many, where that is known.")]
 
 
 @with_config(OPEN)
@@ -61,10 +58,10 @@ class HeldOut(TypedDict, total=False):
     rows: int | None
     tokens: int | None
     dtype: str | None
-    before: HeldOutFigures | None
-    """Of the base model."""
-    after: HeldOutFigures | None
-    """Of the base model with the adapter."""
+    before: Annotated[HeldOutFigures | None, Field(description="Of the base model.")]
+    after: Annotated[
+        HeldOutFigures | None, Field(description="Of the base model with the adapter.")
+    ]
 
 
 @with_config(OPEN)
@@ -74,19 +71,16 @@ class Result(TypedDict, total=False):
     dry_run: bool
     base_model_revision: str | None
     held_out: HeldOut | None
-    steps: int | None
-    """Optimizer steps that were made."""
+    steps: Annotated[int | None, Field(description="Optimizer steps that were made.")]
     stopped_early: bool | None
-    kept: str | None
-    """Which step's adapter: `best` or `last`."""
+    kept: Annotated[str | None, Field(description="Which step's adapter: `best` or `last`.")]
     kept_step: int | None
     epochs: float | None
     train_tokens: int | None
     sigma: float | None
     perturbed_layers: int | None
     trainable_parameters: int | None
-    parameters: int | None
-    """Of the base model."""
+    parameters: Annotated[int | None, Field(description="Of the base model.")]
     precision: str | None
     gpus: int | None
     strategy: str | None

@@ -26,6 +26,7 @@ MOST = ("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties")
 def breaking_changes(released: Json, present: Json) -> list[str]:
     """A sentence for each; none where every client of the released document still works."""
     found: list[str] = []
+    kept: list[Json] = []
     routes = {_anonymous(path): item for path, item in present["paths"].items()}
     for path, item in released["paths"].items():
         for method in METHODS & set(item):
@@ -34,10 +35,16 @@ def breaking_changes(released: Json, present: Json) -> list[str]:
             if operation is None:
                 found.append(f"{name} is gone.")
                 continue
+            kept.append(item[method])
             old, new = Document(released, item[method]), Document(present, operation)
             found += [f"{name}: {change}" for change in _of_operation(old, new)]
-    found += [f"No error has the code {c} any more." for c in _codes(released) - _codes(present)]
-    return sorted(found)
+    gone = set().union(*map(_codes, kept)) - set().union(*map(_codes, _operations(present)))
+    return sorted([*found, *(f"No error has the code {code} any more." for code in gone)])
+
+
+def _operations(document: Json) -> list[Json]:
+    items = document["paths"].values()
+    return [operation for item in items for name, operation in item.items() if name in METHODS]
 
 
 @dataclass(frozen=True)
@@ -144,7 +151,7 @@ def _of_bodies(old: Document, new: Document) -> Iterator[str]:
 def _of_answers(old: Document, new: Document) -> Iterator[str]:
     before = dict(Document(old.whole, old.node["responses"]).items())
     now = dict(Document(new.whole, new.node["responses"]).items())
-    for status in before | now:
+    for status in {**before, **now}:
         ours = before.get(status) or _other(before, status)
         theirs = now.get(status) or _other(now, status)
         if theirs is None:
@@ -152,7 +159,8 @@ def _of_answers(old: Document, new: Document) -> Iterator[str]:
                 yield f"it is not answered with {status} any more."
         elif ours:
             yield from _of_contents(ours, theirs, "answer", f"the answer {status}")
-            yield from _of_headers(ours, theirs, f"the answer {status}")
+            if status in before and status in now:
+                yield from _of_headers(ours, theirs, f"the answer {status}")
 
 
 def _other(answers: Mapping[str, Document], status: str) -> Document | None:
@@ -178,10 +186,9 @@ def _headers(answer: Document) -> Iterator[tuple[str, Document]]:
     yield from Document(answer.whole, answer.node.get("headers")).items()
 
 
-def _codes(document: Json) -> set[str]:
-    """Of all errors that a document lists."""
-    operations = [o for item in document["paths"].values() for o in item.values()]
-    answers = [answer for o in operations for answer in o["responses"].values()]
+def _codes(operation: Json) -> set[str]:
+    """Of the errors that it lists."""
+    answers = operation["responses"].values()
     return {code for answer in answers for code in answer.get("x-codes", [])}
 
 
