@@ -1,11 +1,11 @@
 """What the service tells of a job."""
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
-from app.jobs.figures import Figures, Progress, Result
+from app.jobs.figures import Figures, Lenient, Progress, Result
 from app.jobs.schemas import JobCreate
 from app.jobs.states import Phase, Reason, Status
 
@@ -41,12 +41,14 @@ class JobSummary(BaseModel):
     )
     step: int
     total_steps: int | None
-    progress: Progress | None
+    progress: Annotated[Progress | None, Lenient]
     attempt: int
     retried_from: str | None = Field(description="The job that this one does again.")
     failure: Failure | None
     spec: JobCreate = Field(description="The job as asked for, every default written out.")
-    result: Result | None = Field(description="Held-out loss before and after, and more.")
+    result: Annotated[Result | None, Lenient] = Field(
+        description="Held-out loss before and after, and more."
+    )
     adapter: Adapter | None
     created_at: datetime
     updated_at: datetime
@@ -111,7 +113,7 @@ class CheckpointPage(BaseModel):
 class Metric(BaseModel):
     step: int
     series: Literal["train", "held_out"]
-    data: Figures
+    data: Annotated[Figures, Lenient]
 
 
 class MetricSeries(BaseModel):
