@@ -14,7 +14,7 @@ from pydantic import (
     WrapValidator,
     with_config,
 )
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic asks for this one, and brings it
 
 OPEN = ConfigDict(extra="allow")
 
