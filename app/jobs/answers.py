@@ -3,11 +3,28 @@
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from app.jobs.figures import Figures, Lenient, Progress, Result
 from app.jobs.schemas import JobCreate
 from app.jobs.states import Phase, Reason, Status
+
+EVENTS: list[JsonValue] = [
+    {
+        "seq": 8,
+        "at": "2026-11-24T08:00:00Z",
+        "type": "job.evaluated",
+        "message": "Held-out loss after step 40: 1.2041",
+        "data": {"step": 40, "loss": 1.2041, "accuracy": 0.68},
+    },
+    {
+        "seq": 9,
+        "at": "2026-11-24T08:00:05Z",
+        "type": "job.succeeded",
+        "message": "The adapter is ready.",
+        "data": {},
+    },
+]
 
 
 class Failure(BaseModel):
@@ -74,6 +91,8 @@ class Event(BaseModel):
 
 
 class EventPage(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"items": EVENTS, "next": 9}]})
+
     items: list[Event]
     next: int = Field(
         description="Pass it as `after` for what comes next, also where nothing has come yet."
