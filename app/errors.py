@@ -15,11 +15,12 @@
     │   └── FileNotInAdapter              file_not_in_adapter
     ├── MethodNotAllowed             405  method_not_allowed
     ├── Conflict                     409
-    │   ├── IllegalTransition             illegal_transition
+    │   ├── WrongStatus                   with job_status
+    │   │   ├── IllegalTransition             illegal_transition
+    │   │   └── AdapterNotReady               adapter_not_ready
     │   ├── DatasetInUse                  dataset_in_use
     │   ├── OffsetMismatch                offset_mismatch
     │   ├── UploadMismatch                upload_mismatch
-    │   ├── AdapterNotReady               adapter_not_ready
     │   └── WebhookSecretUnreadable       webhook_secret_unreadable
     ├── TooLarge                     413  too_large
     ├── UnsupportedMediaType         415  unsupported_media_type
@@ -65,6 +66,8 @@ class ServiceError(Exception):
         self.hint = hint
         self.faults = list(faults)
         self.headers = dict(headers or {})
+        self.members: dict[str, str] = {}
+        """What the problem tells besides (RFC 9457 §3.2)."""
 
 
 class MalformedBody(ServiceError):
@@ -162,7 +165,15 @@ class Conflict(ServiceError):
     code = "conflict"
 
 
-class IllegalTransition(Conflict):
+class WrongStatus(Conflict):
+    """The job's status is in the way; programs find it in ``job_status``."""
+
+    def __init__(self, detail: str, hint: str, *, status: str) -> None:
+        super().__init__(detail, hint)
+        self.members["job_status"] = str(status)
+
+
+class IllegalTransition(WrongStatus):
     code = "illegal_transition"
 
 
@@ -187,7 +198,7 @@ class UploadMismatch(Conflict):
     code = "upload_mismatch"
 
 
-class AdapterNotReady(Conflict):
+class AdapterNotReady(WrongStatus):
     code = "adapter_not_ready"
 
 

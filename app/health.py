@@ -78,11 +78,13 @@ class Version(BaseModel):
     features: Features
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", summary="Does the process live?")
 async def healthz() -> Health:
     return Health()
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get("/readyz", summary="Can it serve?", responses=problems(NotReady))
 async def readyz(request: Request) -> Readiness:
     """Database reachable and migrated, store writable. An unreachable broker is only told."""
@@ -95,6 +97,7 @@ async def readyz(request: Request) -> Readiness:
     return Readiness(broker=await request.state.broker.state())
 
 
+@router.head("/version", include_in_schema=False)
 @router.get("/version", summary="Which version is this, and what can it do?")
 async def version(request: Request) -> Version:
     settings: Settings = request.state.settings

@@ -24,7 +24,6 @@ from app.datasets import upload_endpoints as uploads
 from app.datasets.resumable import Joins
 from app.datasets.uploads import forget_broken
 from app.db import ANSWER_SECONDS, Database, make_engine
-from app.errors import RateLimited
 from app.jobs import endpoints as jobs
 from app.jobs import record_endpoints as records
 from app.logs import configure_logs
@@ -32,10 +31,9 @@ from app.middleware import BodyLimit, RequestLog, SameSite
 from app.models import endpoints as models
 from app.models.catalogue import Catalogue
 from app.openai_api import endpoints as openai_api
-from app.openai_api.errors import refusals
 from app.openapi import describe
 from app.periodic import Periodic
-from app.problems import Responses, install_error_handlers, problems
+from app.problems import install_error_handlers
 from app.quotas import endpoints as quotas
 from app.quotas.limits import KnownLimits
 from app.settings import Settings, get_settings
@@ -175,8 +173,8 @@ def create_app(settings: Settings) -> FastAPI:
         jobs, records, adapters, adapter_list, datasets, uploads, models, workers, webhooks, keys,
         audit, quotas,
     ):  # fmt: skip
-        _include(app, routes.router, problems(RateLimited))
-    _include(app, openai_api.router, refusals(RateLimited))
+        _include(app, routes.router)
+    _include(app, openai_api.router)
     app.add_middleware(UploadsEndWithTheirKey)
     app.add_middleware(
         BodyLimit,
@@ -190,10 +188,9 @@ def create_app(settings: Settings) -> FastAPI:
     return app
 
 
-def _include(app: FastAPI, router: APIRouter, limited: Responses) -> None:
-    """Routes that ask who is there; any of them may answer that it was asked too often."""
-    responses: Responses = {429: limited[429]}
-    app.include_router(router, dependencies=[Depends(require_access)], responses=responses)
+def _include(app: FastAPI, router: APIRouter) -> None:
+    """Routes that ask who is there; what any of them may answer is told by app/openapi.py."""
+    app.include_router(router, dependencies=[Depends(require_access)])
 
 
 def make_app() -> FastAPI:

@@ -4,7 +4,7 @@ Here alone errors become answers. What a request's shape has wrong is told by ap
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -12,8 +12,10 @@ import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, Field
+from fastapi.routing import iter_route_contexts
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import Scope
 
 from app.errors import (
@@ -28,6 +30,7 @@ from app.errors import (
     UnsupportedMediaType,
 )
 from app.faults import Fault, explain, field_pointers, is_wrong_media_type
+from app.jobs.states import Status
 from app.objects import Outage
 from app.openai_api.shape import headers_for, is_openai, openai_error, status_for
 
@@ -53,9 +56,24 @@ TITLES = {
     503: "Not ready",
 }
 
+EXAMPLE: dict[str, Any] = {
+    "type": "about:blank",
+    "title": "Conflict",
+    "status": 409,
+    "detail": "The job is succeeded and cannot be cancelled.",
+    "code": "illegal_transition",
+    "hint": "Only a job that is not over can be cancelled.",
+    "errors": [],
+    "instance": "/jobs/job_019ac0ffee00700080000000000000a1/cancel",
+    "request_id": "6f0c1f0f5c8f4a3d9a52c8e0b1d7a6e4",
+    "job_status": "succeeded",
+}
+
 
 class Problem(BaseModel):
-    """An error (RFC 9457)."""
+    """An error (RFC 9457). A member that is not known here is to be ignored."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [EXAMPLE]})
 
     type: str = "about:blank"
     title: str
@@ -66,22 +84,41 @@ class Problem(BaseModel):
     errors: list[Fault] = Field([], description="Everything that is wrong, where it is known.")
     instance: str
     request_id: str = Field(description="Also in the header X-Request-ID and in the log.")
+    job_status: Status | None = Field(
+        None, description="Only where a job's status is in the way: what it is."
+    )
 
 
 Responses = dict[int | str, dict[str, Any]]
 
 
-def problems(*errors: type[ServiceError]) -> Responses:
-    """The ``responses=`` of a route: which of these errors it gives, for the OpenAPI document."""
+def problems(*errors: type[ServiceError], faults: Sequence[str] = ()) -> Responses:
+    """The ``responses=`` of a route: which of these errors it gives, for the OpenAPI document.
+
+    What any route may give is added by app/openapi.py. ``faults``: codes that an
+    ``InvalidRequest`` has from what is wrong.
+    """
     content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    described: Responses = {
+        status: {**failure(status, codes), "content": content}
+        for status, codes in codes_of(errors, faults).items()
+    }
+    return {**described, "default": {"description": "Any other problem", "content": content}}
+
+
+def codes_of(errors: Iterable[type[ServiceError]], faults: Sequence[str]) -> dict[int, list[str]]:
+    """By their statuses."""
     found: dict[int, list[str]] = {}
     for error in errors:
         found.setdefault(error.status, []).append(error.code)
-    described: Responses = {
-        status: {"description": f"{TITLES[status]}: {', '.join(codes)}", "content": content}
-        for status, codes in sorted(found.items())
-    }
-    return {**described, "default": {"description": "Any other problem", "content": content}}
+    if faults:
+        found.setdefault(InvalidRequest.status, []).extend(faults)
+    return dict(sorted(found.items()))
+
+
+def failure(status: int, codes: Sequence[str]) -> dict[str, Any]:
+    """What the document says of an error: its codes in words, and for programs."""
+    return {"description": f"{TITLES[status]}: {', '.join(codes)}", "x-codes": list(codes)}
 
 
 def install_error_handlers(app: FastAPI) -> None:
@@ -157,7 +194,7 @@ async def _http_exception(request: Request, error: Exception) -> JSONResponse:
         case 404:
             named = NotFound(f"There is no {path!r} here.", "The routes are at /docs.")
         case 405:
-            allowed = ", ".join(sorted(_operations(request))).upper()
+            allowed = ", ".join(sorted(_methods(request)))
             named = MethodNotAllowed(
                 f"{path!r} does not answer to {request.method}.", f"It answers to {allowed}."
             )
@@ -174,6 +211,15 @@ async def _http_exception(request: Request, error: Exception) -> JSONResponse:
     for name, value in (error.headers or {}).items():
         named.headers.setdefault(name, value)
     return respond(request.scope, named, status=error.status_code)
+
+
+def _methods(request: Request) -> set[str]:
+    """All that this path answers to: FastAPI knows a route for each."""
+    found: set[str] = set()
+    for route in iter_route_contexts(request.app.routes):
+        if route.methods and route.matches(request.scope)[0] is not Match.NONE:
+            found |= route.methods
+    return found
 
 
 def _operations(request: Request) -> dict[str, Any]:
@@ -206,5 +252,6 @@ def respond(scope: Scope, error: ServiceError, *, status: int | None = None) -> 
         "errors": [fault.model_dump() for fault in error.faults],
         "instance": scope["path"],
         "request_id": scope.get("state", {}).get("request_id", ""),
+        **error.members,
     }
     return _AsciiResponse(problem, status, headers=error.headers, media_type=MEDIA_TYPE)

@@ -14,16 +14,24 @@ from app.access.streams import CHECK_SECONDS, still_allowed
 from app.adapters.content import Blob, Content
 from app.adapters.ranges import requested_range
 from app.etags import names
+from app.headers import sent, told
 from app.problems import Responses
 
+BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+WHOLE = told("ETag", "Accept-Ranges", "Cache-Control", "Content-Disposition")
 DOWNLOAD: Responses = {
-    200: {
-        "description": "The bytes.",
-        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    200: {"description": "The bytes.", "content": BYTES, "headers": WHOLE},
+    206: {
+        "description": "The range that was asked for.",
+        "content": BYTES,
+        "headers": WHOLE | told("Content-Range"),
     },
-    206: {"description": "The range that was asked for."},
-    304: {"description": "The client has it: If-None-Match names its ETag."},
+    304: {
+        "description": "The client has it: If-None-Match names its ETag.",
+        "headers": told("ETag", "Cache-Control"),
+    },
 }
+ASKED = {"parameters": sent("Range", "If-Range", "If-None-Match")}
 REDIRECT: Responses = {
     307: {
         "description": "The bytes are at the store itself (FLATLORA_DOWNLOADS=redirect).",
@@ -31,7 +39,9 @@ REDIRECT: Responses = {
             "Location": {
                 "description": "Needs no key, and is valid for FLATLORA_PRESIGN_SECONDS.",
                 "schema": {"type": "string", "format": "uri"},
-            }
+                "required": True,
+            },
+            **told("Cache-Control"),
         },
     }
 }

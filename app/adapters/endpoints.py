@@ -7,7 +7,7 @@ from fastapi.responses import Response
 
 from app.adapters.archive import archive
 from app.adapters.content import Blob, Content
-from app.adapters.download import DOWNLOAD, REDIRECT, answer
+from app.adapters.download import ASKED, DOWNLOAD, REDIRECT, answer
 from app.errors import (
     AdapterNotReady,
     FileNotInAdapter,
@@ -37,7 +37,8 @@ async def finished_adapter(job_id: str, request: Request, session: ReadSession) 
         hint = "It was a dry run: submit it again without dry_run."
     elif job.status.is_terminal:
         hint = "It will never have one: submit it again."
-    raise AdapterNotReady(f"The job is {job.status} and has no adapter.", hint)
+    detail = f"The job is {job.status} and has no adapter."
+    raise AdapterNotReady(detail, hint, status=job.status)
 
 
 FinishedAdapter = Annotated[Adapter, Depends(finished_adapter)]
@@ -51,6 +52,7 @@ FinishedAdapter = Annotated[Adapter, Depends(finished_adapter)]
     | problems(
         Unauthenticated, JobNotFound, AdapterNotReady, RangeNotSatisfiable, StoreUnavailable
     ),
+    openapi_extra=ASKED,
     summary="Download an adapter as one tar",
 )
 async def get_adapter(job_id: str, adapter: FinishedAdapter, request: Request) -> Response:
@@ -72,6 +74,7 @@ async def get_adapter(job_id: str, adapter: FinishedAdapter, request: Request) -
         RangeNotSatisfiable,
         StoreUnavailable,
     ),
+    openapi_extra=ASKED,
     summary="Download one file of an adapter",
 )
 async def get_adapter_file(file: str, adapter: FinishedAdapter, request: Request) -> Response:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from app.adapters.schemas import AdapterPage, FinishedAdapter
 from app.adapters.service import AdapterService
 from app.errors import AdapterNotFound, InvalidRequest, Unauthenticated
-from app.jobs.endpoints import Page, PlainText, label_filters
+from app.jobs.endpoints import LIST_FAULTS, Page, PlainText, label_filters
 from app.jobs.repository import JobFilter
 from app.problems import problems
 from app.sessions import ReadSession
@@ -37,7 +37,7 @@ Reading = Annotated[AdapterService, Depends(reading)]
 
 @router.get(
     "",
-    responses=problems(Unauthenticated, InvalidRequest),
+    responses=problems(Unauthenticated, InvalidRequest, faults=LIST_FAULTS),
     summary="List finished adapters, newest first",
 )
 async def list_adapters(

@@ -27,13 +27,14 @@ from app.errors import (
     HashMismatch,
     InvalidRequest,
     QuotaExceeded,
-    RateLimited,
+    StoreUnavailable,
     TooLarge,
     Unauthenticated,
     UnsupportedMediaType,
 )
 from app.faults import Fault
-from app.problems import problems
+from app.headers import sent, told
+from app.problems import Responses, problems
 from app.quotas.service import Quotas, check_room
 from app.sessions import ReadSession, WriteSession, note_change, transaction
 
@@ -49,6 +50,15 @@ BODY = {
         "application/json": {"schema": {}},  # rows of any shape: the worker reads them
         "multipart/form-data": {"schema": FORM},
     },
+}
+FAULTS = ("dataset_empty", "file_missing")
+KEPT: Responses = {
+    200: {
+        "model": Dataset,
+        "description": "These bytes were here under this name already.",
+        "headers": told("Location"),
+    },
+    201: {"headers": told("Location")},
 }
 
 
@@ -132,11 +142,15 @@ async def _chunks(file: UploadFile) -> AsyncIterator[bytes]:
         UnsupportedMediaType,
         InvalidRequest,
         HashMismatch,
-        RateLimited,
         QuotaExceeded,
+        StoreUnavailable,
+        faults=(*FAULTS, "filename_missing", "digest_malformed"),
     )
-    | {200: {"model": Dataset, "description": "These bytes were here under this name already."}},
-    openapi_extra={"requestBody": BODY},
+    | KEPT,
+    openapi_extra={
+        "requestBody": BODY,
+        "parameters": sent("Repr-Digest", "Content-Digest", "Content-Disposition"),
+    },
     summary="Upload a dataset",
 )
 async def create_dataset(

@@ -17,7 +17,6 @@ from app.errors import (
     InvalidRequest,
     OffsetMismatch,
     QuotaExceeded,
-    RateLimited,
     StoreUnavailable,
     TooLarge,
     Unauthenticated,
@@ -25,6 +24,7 @@ from app.errors import (
     UploadMismatch,
     UploadNotFound,
 )
+from app.headers import sent, told
 from app.problems import Responses, problems
 
 router = APIRouter(prefix="/datasets/uploads/{sha256}", tags=["datasets"])
@@ -35,7 +35,14 @@ BODY = {
     "required": True,
     "content": {OCTETS: {"schema": {"type": "string", "format": "binary"}}},
 }
-HERE: Responses = {201: {"model": UploadState, "description": "The dataset is here."}}
+HERE: Responses = {
+    200: {"headers": told("Upload-Offset")},
+    201: {
+        "model": UploadState,
+        "description": "The dataset is here.",
+        "headers": told("Upload-Offset", "Location"),
+    },
+}
 
 Hash = Annotated[str, Path(pattern=HASH, description="SHA-256 of the whole file.")]
 Offset = Annotated[
@@ -62,9 +69,9 @@ class BeginQuery(BaseModel):
         InvalidRequest,
         UploadMismatch,
         HashMismatch,
-        RateLimited,
         QuotaExceeded,
         StoreUnavailable,
+        faults=("filename_missing",),
     ),
     summary="Begin an upload, or find how far it has come",
 )
@@ -78,7 +85,8 @@ async def begin_upload(
 
 @router.get(
     "",
-    responses=problems(Unauthenticated, UploadNotFound, InvalidRequest),
+    responses=problems(Unauthenticated, UploadNotFound, InvalidRequest)
+    | {200: {"headers": told("Upload-Offset", "Cache-Control")}},
     summary="How far an upload has come",
 )
 async def get_upload(sha256: Hash, request: Request, response: Response) -> UploadState:
@@ -99,11 +107,15 @@ async def get_upload(sha256: Hash, request: Request, response: Response) -> Uplo
         UnsupportedMediaType,
         InvalidRequest,
         HashMismatch,
-        RateLimited,
         QuotaExceeded,
         StoreUnavailable,
+        faults=("digest_malformed",),
     ),
-    openapi_extra={"requestBody": BODY},
+    openapi_extra={
+        "requestBody": BODY,
+        "parameters": sent("Repr-Digest", "Content-Digest"),
+        "responses": {"409": {"headers": told(maybe=("Upload-Offset",))}},
+    },
     summary="Send the next part of an upload",
 )
 async def append_to_upload(

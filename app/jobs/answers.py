@@ -1,12 +1,30 @@
 """What the service tells of a job."""
 
 from datetime import datetime
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from app.jobs.figures import Figures, Lenient, Progress, Result
 from app.jobs.schemas import JobCreate
 from app.jobs.states import Phase, Reason, Status
+
+EVENTS: list[JsonValue] = [
+    {
+        "seq": 8,
+        "at": "2026-11-24T08:00:00Z",
+        "type": "job.evaluated",
+        "message": "Held-out loss after step 40: 1.2041",
+        "data": {"step": 40, "loss": 1.2041, "accuracy": 0.68},
+    },
+    {
+        "seq": 9,
+        "at": "2026-11-24T08:00:05Z",
+        "type": "job.succeeded",
+        "message": "The adapter is ready.",
+        "data": {},
+    },
+]
 
 
 class Failure(BaseModel):
@@ -40,12 +58,14 @@ class JobSummary(BaseModel):
     )
     step: int
     total_steps: int | None
-    progress: dict[str, Any] | None
+    progress: Annotated[Progress | None, Lenient]
     attempt: int
     retried_from: str | None = Field(description="The job that this one does again.")
     failure: Failure | None
     spec: JobCreate = Field(description="The job as asked for, every default written out.")
-    result: dict[str, Any] | None = Field(description="Held-out loss before and after, and more.")
+    result: Annotated[Result | None, Lenient] = Field(
+        description="Held-out loss before and after, and more."
+    )
     adapter: Adapter | None
     created_at: datetime
     updated_at: datetime
@@ -71,6 +91,8 @@ class Event(BaseModel):
 
 
 class EventPage(BaseModel):
+    model_config = ConfigDict(json_schema_extra={"examples": [{"items": EVENTS, "next": 9}]})
+
     items: list[Event]
     next: int = Field(
         description="Pass it as `after` for what comes next, also where nothing has come yet."
@@ -110,7 +132,7 @@ class CheckpointPage(BaseModel):
 class Metric(BaseModel):
     step: int
     series: Literal["train", "held_out"]
-    data: dict[str, Any]
+    data: Annotated[Figures, Lenient]
 
 
 class MetricSeries(BaseModel):

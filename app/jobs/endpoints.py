@@ -23,13 +23,13 @@ from app.errors import (
     JobNotFound,
     MalformedBody,
     QuotaExceeded,
-    RateLimited,
     TooLarge,
     Unauthenticated,
     UnsupportedMediaType,
 )
 from app.etags import names
 from app.faults import Fault
+from app.headers import told
 from app.jobs.answers import Job, JobPage, MetricSeries
 from app.jobs.following import LONGEST_WAIT_SECONDS, look, wait_for_change
 from app.jobs.repository import JobFilter
@@ -37,7 +37,7 @@ from app.jobs.schemas import LABEL_NAME, JobCreate
 from app.jobs.service import JobService
 from app.jobs.states import Status
 from app.periodic import Periodic
-from app.problems import problems
+from app.problems import Responses, problems
 from app.sessions import ReadSession, WriteSession, note_change
 from app.storage import ArtifactStore, Outage
 
@@ -45,6 +45,19 @@ log = structlog.get_logger()
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
 RETRY_SECONDS = {False: "2", True: "5"}  # by whether the job is running
+
+FAULTS = (
+    "base_model_not_found", "base_model_not_allowed", "base_model_unusable",
+    "revision_not_allowed", "dataset_not_found", "dataset_not_allowed", "uri_malformed",
+    "uri_scheme_unsupported", "path_not_allowed", "bucket_not_allowed", "address_not_allowed",
+    "port_not_allowed",
+)  # fmt: skip
+"""Codes of what a job that is asked for has wrong."""
+LIST_FAULTS = ("cursor_malformed", "label_malformed")
+SUBMITTED: Responses = {
+    202: {"headers": told("Location", "Retry-After", maybe=("Idempotent-Replayed",))}
+}
+SEEN = told("ETag", "Cache-Control", maybe=("Retry-After",))
 
 IdempotencyKey = Annotated[
     str | None,
@@ -138,9 +151,10 @@ class MetricQuery(Page):
         UnsupportedMediaType,
         InvalidRequest,
         IdempotencyKeyReused,
-        RateLimited,
         QuotaExceeded,
-    ),
+        faults=FAULTS,
+    )
+    | SUBMITTED,
     summary="Submit a job",
 )
 async def create_job(
@@ -192,7 +206,9 @@ async def label_filters(request: Request) -> dict[str, str]:
 
 
 @router.get(
-    "", responses=problems(Unauthenticated, InvalidRequest), summary="List jobs, newest first"
+    "",
+    responses=problems(Unauthenticated, InvalidRequest, faults=LIST_FAULTS),
+    summary="List jobs, newest first",
 )
 async def list_jobs(
     jobs: Reading,
@@ -213,7 +229,8 @@ async def list_jobs(
     response_model=Job,
     responses={
         **problems(Unauthenticated, JobNotFound, InvalidRequest),
-        304: {"description": "The client has it: If-None-Match names its ETag."},
+        200: {"headers": SEEN},
+        304: {"description": "The client has it: If-None-Match names its ETag.", "headers": SEEN},
     },
     summary="Show a job",
 )
@@ -268,7 +285,7 @@ async def pause_job(job_id: str, jobs: Writing) -> Job:
 @router.post(
     "/{job_id}/resume",
     status_code=202,
-    responses=problems(Unauthenticated, JobNotFound, IllegalTransition, RateLimited, QuotaExceeded),
+    responses=problems(Unauthenticated, JobNotFound, IllegalTransition, QuotaExceeded),
     summary="Let a paused job go on",
 )
 async def resume_job(
@@ -289,9 +306,10 @@ async def resume_job(
         IllegalTransition,
         InvalidRequest,
         IdempotencyKeyReused,
-        RateLimited,
         QuotaExceeded,
-    ),
+        faults=FAULTS,
+    )
+    | SUBMITTED,
     summary="Do a job again",
 )
 async def retry_job(

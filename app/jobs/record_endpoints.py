@@ -8,6 +8,7 @@ from pydantic import Field
 
 from app.errors import InvalidRequest, JobNotFound, Unauthenticated
 from app.etags import prefers
+from app.headers import told
 from app.jobs.answers import CheckpointPage, EventPage, LogPage
 from app.jobs.endpoints import BIGGEST, Page, Reading
 from app.jobs.following import EventStream
@@ -55,8 +56,12 @@ class LogQuery(Page):
         200: {
             "description": "A page of events; or all of them as they come, as `text/event-stream`",
             "content": {"text/event-stream": {"schema": {"type": "string"}}},
+            "headers": told("Vary"),
         },
-        204: {"description": "The job is over, and the client has heard all of its stream."},
+        204: {
+            "description": "The job is over, and the client has heard all of its stream.",
+            "headers": told("Vary", "Cache-Control"),
+        },
     },
     summary="What happened to a job",
 )

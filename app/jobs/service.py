@@ -132,6 +132,7 @@ class JobService:
             raise IllegalTransition(
                 f"The job is {row.status} and cannot be retried.",
                 "Only a job that is over can be done again.",
+                status=row.status,
             )
         if running := await self._jobs.retry_of(job_id):
 
@@ -152,6 +153,7 @@ class JobService:
         raise IllegalTransition(
             f"The job is {row.status} and cannot be deleted.",
             "Only a job that is over can be deleted: cancel it first.",
+            status=row.status,
         )
 
     async def _tell_if_too_large(self, row: JobRow) -> None:
@@ -201,6 +203,7 @@ class JobService:
             raise IllegalTransition(
                 f"The job is {row.status} and cannot be cancelled.",
                 "Only a job that is not over can be cancelled.",
+                status=row.status,
             )
         return await self._present(row)
 
@@ -212,6 +215,7 @@ class JobService:
             raise IllegalTransition(
                 f"The job is {row.status} and cannot be paused.",
                 "Only a job that waits or runs can be paused.",
+                status=row.status,
             )
         return await self._present(row)
 
@@ -226,7 +230,9 @@ class JobService:
             hint = "Only a paused job can be resumed."
             if row.status == Status.PAUSING:
                 hint = "Its trainer has not stopped yet: wait until the job is paused."
-            raise IllegalTransition(f"The job is {row.status} and cannot be resumed.", hint)
+            raise IllegalTransition(
+                f"The job is {row.status} and cannot be resumed.", hint, status=row.status
+            )
         return await self._present(row)
 
     async def events(self, job_id: str, *, after: int, limit: int) -> EventPage:

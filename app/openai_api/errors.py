@@ -1,9 +1,13 @@
 """What a route under ``/v1`` refuses, and how its OpenAPI says so."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from app.errors import Conflict, InvalidRequest, NotFound, ServiceError
 from app.faults import Fault
+from app.headers import told
 from app.openai_api.shape import ErrorAnswer, code_for, status_for
-from app.problems import TITLES, Responses
+from app.problems import Responses, codes_of, failure
 
 
 class FileNotFound(NotFound):
@@ -28,16 +32,25 @@ class BaseModelStays(Conflict):
     code = "base_model_stays"
 
 
-def refusals(*errors: type[ServiceError]) -> Responses:
+def refusals(*errors: type[ServiceError], faults: Sequence[str] = ()) -> Responses:
     """The ``responses=`` of a route under ``/v1``: as ``problems()``, in OpenAI's shape."""
     found: dict[int, list[str]] = {}
-    for error in errors:
-        found.setdefault(status_for(error.status), []).append(code_for(error.code))
+    for status, codes in codes_of(errors, faults).items():
+        found.setdefault(status_for(status), []).extend(map(code_for, codes))
     described: Responses = {
-        status: {"model": ErrorAnswer, "description": f"{TITLES[status]}: {', '.join(codes)}"}
-        for status, codes in sorted(found.items())
+        status: {"model": ErrorAnswer, **failure(status, codes), **_final(status)}
+        for status, codes in found.items()
     }
     return {**described, "default": {"model": ErrorAnswer, "description": "Any other error"}}
+
+
+def _final(status: int) -> dict[str, Any]:
+    match status:
+        case 409:
+            return {"headers": told("x-should-retry")}
+        case 429:
+            return {"headers": told(maybe=("x-should-retry",))}
+    return {}
 
 
 def unsupported(param: str, detail: str) -> InvalidRequest:

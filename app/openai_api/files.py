@@ -10,16 +10,18 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.datastructures import FormData, UploadFile
 
 from app.adapters.content import Blob, Content
-from app.adapters.download import DOWNLOAD, REDIRECT, answer
-from app.datasets.endpoints import BINARY, UploadQuery, received
+from app.adapters.download import ASKED, DOWNLOAD, REDIRECT, answer
+from app.datasets.endpoints import BINARY, FAULTS, UploadQuery, received
 from app.datasets.schemas import Dataset
 from app.datasets.service import DatasetService
 from app.datasets.uploads import Upload
 from app.errors import (
+    DatasetInUse,
     DatasetNotFound,
-    Forbidden,
+    HashMismatch,
     InvalidRequest,
     JobNotFound,
+    QuotaExceeded,
     RangeNotSatisfiable,
     StoreUnavailable,
     TooLarge,
@@ -92,7 +94,14 @@ def _checked(form: FormData) -> str:
 @router.post(
     "",
     responses=refusals(
-        Unauthenticated, Forbidden, TooLarge, UnsupportedMediaType, InvalidRequest, StoreUnavailable
+        Unauthenticated,
+        TooLarge,
+        UnsupportedMediaType,
+        InvalidRequest,
+        HashMismatch,
+        QuotaExceeded,
+        StoreUnavailable,
+        faults=(*FAULTS, "filename_missing", "digest_malformed", "unsupported_value"),
     ),
     openapi_extra={"requestBody": BODY},
     summary="Upload a training file",
@@ -106,7 +115,11 @@ async def create_file(
     return _present(dataset)
 
 
-@router.get("", responses=refusals(Unauthenticated, InvalidRequest), summary="List files")
+@router.get(
+    "",
+    responses=refusals(Unauthenticated, InvalidRequest, faults=("cursor_malformed",)),
+    summary="List files",
+)
 async def list_files(session: ReadSession, query: Annotated[ListQuery, Query()]) -> FilePage:
     """By the time of upload; results by the time their job was submitted."""
     if query.purpose == "fine-tune":
@@ -153,7 +166,7 @@ async def get_file(file_id: str, session: ReadSession, request: Request) -> File
 
 @router.delete(
     "/{file_id}",
-    responses=refusals(Unauthenticated, Forbidden, FileNotFound, ResultsOfJob),
+    responses=refusals(Unauthenticated, FileNotFound, ResultsOfJob, DatasetInUse),
     summary="Delete a file",
 )
 async def delete_file(file_id: str, session: WriteSession, request: Request) -> FileDeleted:
@@ -173,6 +186,7 @@ async def delete_file(file_id: str, session: WriteSession, request: Request) -> 
     responses=DOWNLOAD
     | REDIRECT
     | refusals(Unauthenticated, FileNotFound, RangeNotSatisfiable, StoreUnavailable),
+    openapi_extra=ASKED,
     summary="Download a file",
 )
 async def get_file_content(file_id: str, session: ReadSession, request: Request) -> Response:

@@ -8,20 +8,19 @@ from pydantic import Field, model_validator
 
 from app.access.dependencies import Asking
 from app.errors import (
-    Forbidden,
     IdempotencyKeyReused,
     IllegalTransition,
     InvalidRequest,
     JobNotFound,
     MalformedBody,
     QuotaExceeded,
-    RateLimited,
     TooLarge,
     Unauthenticated,
     UnsupportedMediaType,
 )
 from app.faults import Fault
-from app.jobs.endpoints import IdempotencyKey, Reading, Writing, wake_workers
+from app.headers import told
+from app.jobs.endpoints import FAULTS, LIST_FAULTS, IdempotencyKey, Reading, Writing, wake_workers
 from app.jobs.schemas import LABEL_NAME
 from app.openai_api.creation import native
 from app.openai_api.errors import bad_cursor, refusals
@@ -85,12 +84,14 @@ async def metadata_filters(request: Request) -> dict[str, str]:
     responses=refusals(
         MalformedBody,
         Unauthenticated,
-        Forbidden,
         TooLarge,
         UnsupportedMediaType,
         InvalidRequest,
         IdempotencyKeyReused,
-    ),
+        QuotaExceeded,
+        faults=(*FAULTS, "unsupported_value", "given_twice"),
+    )
+    | {200: {"headers": told(maybe=("Idempotent-Replayed",))}},
     summary="Create a fine-tuning job",
 )
 async def create_fine_tuning_job(
@@ -124,7 +125,7 @@ async def create_fine_tuning_job(
 
 @router.get(
     "",
-    responses=refusals(Unauthenticated, InvalidRequest),
+    responses=refusals(Unauthenticated, InvalidRequest, faults=LIST_FAULTS),
     summary="List fine-tuning jobs, newest first",
 )
 async def list_fine_tuning_jobs(
@@ -159,7 +160,7 @@ async def get_fine_tuning_job(fine_tuning_job_id: str, jobs: Reading) -> FineTun
 
 @router.post(
     "/{fine_tuning_job_id}/cancel",
-    responses=refusals(Unauthenticated, Forbidden, JobNotFound, IllegalTransition),
+    responses=refusals(Unauthenticated, JobNotFound, IllegalTransition),
     summary="Cancel a fine-tuning job",
 )
 async def cancel_fine_tuning_job(fine_tuning_job_id: str, jobs: Writing) -> FineTuningJob:
@@ -170,7 +171,7 @@ async def cancel_fine_tuning_job(fine_tuning_job_id: str, jobs: Writing) -> Fine
 
 @router.post(
     "/{fine_tuning_job_id}/pause",
-    responses=refusals(Unauthenticated, Forbidden, JobNotFound, IllegalTransition),
+    responses=refusals(Unauthenticated, JobNotFound, IllegalTransition),
     summary="Pause a fine-tuning job",
 )
 async def pause_fine_tuning_job(fine_tuning_job_id: str, jobs: Writing) -> FineTuningJob:
@@ -181,9 +182,7 @@ async def pause_fine_tuning_job(fine_tuning_job_id: str, jobs: Writing) -> FineT
 
 @router.post(
     "/{fine_tuning_job_id}/resume",
-    responses=refusals(
-        Unauthenticated, Forbidden, JobNotFound, IllegalTransition, RateLimited, QuotaExceeded
-    ),
+    responses=refusals(Unauthenticated, JobNotFound, IllegalTransition, QuotaExceeded),
     summary="Let a paused fine-tuning job go on",
 )
 async def resume_fine_tuning_job(
@@ -197,7 +196,7 @@ async def resume_fine_tuning_job(
 
 @router.get(
     "/{fine_tuning_job_id}/events",
-    responses=refusals(Unauthenticated, JobNotFound, InvalidRequest),
+    responses=refusals(Unauthenticated, JobNotFound, InvalidRequest, faults=("cursor_malformed",)),
     summary="What happened to a fine-tuning job, newest first",
 )
 async def list_fine_tuning_events(
@@ -218,7 +217,7 @@ async def list_fine_tuning_events(
 
 @router.get(
     "/{fine_tuning_job_id}/checkpoints",
-    responses=refusals(Unauthenticated, JobNotFound, InvalidRequest),
+    responses=refusals(Unauthenticated, JobNotFound, InvalidRequest, faults=("cursor_malformed",)),
     summary="A fine-tuning job's checkpoints, the latest first",
 )
 async def list_fine_tuning_checkpoints(

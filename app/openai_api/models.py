@@ -4,7 +4,7 @@ import asyncio
 
 from fastapi import APIRouter, BackgroundTasks, Request
 
-from app.errors import Forbidden, IllegalTransition, JobNotFound, Unauthenticated
+from app.errors import IllegalTransition, JobNotFound, Unauthenticated
 from app.ids import is_id
 from app.jobs import endpoints as native
 from app.jobs.endpoints import Reading, Writing
@@ -74,9 +74,7 @@ async def get_openai_model(model: str, jobs: Reading, request: Request) -> Model
 
 @router.delete(
     "/{model:path}",
-    responses=refusals(
-        Unauthenticated, Forbidden, ModelNotFound, BaseModelStays, IllegalTransition
-    ),
+    responses=refusals(Unauthenticated, ModelNotFound, BaseModelStays, IllegalTransition),
     summary="Delete an adapter, with its job",
 )
 async def delete_openai_model(

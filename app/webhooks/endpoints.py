@@ -49,6 +49,7 @@ LOOK_UPS = ThreadPoolExecutor(4, thread_name_prefix="webhook-test-names")
 router = APIRouter(tags=["webhooks"])
 
 Row = WebhookDeliveryRow
+URL_FAULTS = ("uri_malformed", "uri_scheme_unsupported", "address_not_allowed", "port_not_allowed")
 
 
 class DeliveryQuery(BaseModel):
@@ -142,7 +143,7 @@ async def rotate_webhook_secret(
 
 @router.post(
     "/webhooks/test",
-    responses=problems(Unauthenticated, Forbidden, InvalidRequest, WebhookSecretUnreadable),
+    responses=problems(Unauthenticated, InvalidRequest, WebhookSecretUnreadable, faults=URL_FAULTS),
     summary="Send a webhook now",
 )
 async def test_webhook(body: WebhookTest, vault: UseVault, request: Request) -> WebhookTested:

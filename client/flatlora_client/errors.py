@@ -5,7 +5,7 @@
     │   ├── Unauthenticated  401
     │   ├── Forbidden        403
     │   ├── NotFound         404
-    │   ├── Conflict         409
+    │   ├── Conflict         409, with job_status where that is in the way
     │   ├── InvalidRequest   400, 413, 415, 422
     │   ├── RateLimited      429, with retry_after
     │   └── ServerError      500 and above
@@ -75,6 +75,12 @@ class NotFound(APIError):
 
 class Conflict(APIError):
     """It cannot be done as things stand."""
+
+    @property
+    def job_status(self) -> str | None:
+        """The job's status, where that is in the way."""
+        found: str | None = self.problem.get("job_status")
+        return found
 
 
 class InvalidRequest(APIError):

@@ -74,6 +74,32 @@ class TestGet:
             "reason": "dataset_invalid", "message": "m", "hint": "h", "yours_to_fix": True,
         }  # fmt: skip
 
+    @pytest.mark.parametrize(
+        "progress",
+        [
+            {"loss": 1.5, "tokens": 12, "sigma": None},
+            {"rows": 5, "of": None},
+            {"loss": 0.5, "of_a_newer_trainer": {"a": [1]}},
+            {"loss": 0.5, "tokens": 1.5, "rows": 0},
+            {},
+        ],
+    )
+    def test_its_progress_is_passed_on_as_it_was_written(
+        self, service: Service, progress: Json
+    ) -> None:
+        job_id = service.submit()["id"]
+        service.set(job_id, progress=progress, result=progress)
+        found = service.get(f"/jobs/{job_id}")
+        assert (found["progress"], found["result"]) == (progress, progress)
+
+    @pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")
+    def test_nor_is_it_lost_where_it_is_of_another_kind(self, service: Service) -> None:
+        job_id = service.submit()["id"]
+        service.set(job_id, progress={"loss": "low"}, result={"steps": 1.5, "held_out": 3})
+        found = service.get(f"/jobs/{job_id}")
+        assert found["progress"] == {"loss": "low"}
+        assert found["result"] == {"steps": 1.5, "held_out": 3}
+
     def test_it_says_when_to_ask_again_until_it_is_over(self, service: Service) -> None:
         job_id = service.submit()["id"]
         for status, said in [("queued", True), ("running", True), ("cancelled", False)]:

@@ -26,13 +26,29 @@ class TestProblems:
         assert (problem["code"], problem["instance"]) == ("not_found", "/nothing/here")
         assert "/docs" in problem["hint"]
 
-    @pytest.mark.parametrize(("path", "allowed"), [("/jobs", "GET, POST"), ("/models", "GET")])
+    @pytest.mark.parametrize(
+        ("path", "allowed"),
+        [
+            ("/jobs", "GET, POST"),
+            ("/models", "GET"),
+            ("/jobs/j", "DELETE, GET, HEAD"),
+            ("/metrics", "GET, HEAD"),
+        ],
+    )
     def test_a_method_that_a_route_does_not_know(
         self, service: Service, path: str, allowed: str
     ) -> None:
         response = service.http.request("PUT", path)
         assert ok(response, 405)["code"] == "method_not_allowed"
         assert response.headers["allow"] == allowed
+
+    @pytest.mark.parametrize("path", ["/metrics", "/healthz", "/readyz", "/version"])
+    def test_what_is_probed_may_be_asked_for_without_its_body(
+        self, service: Service, path: str
+    ) -> None:
+        asked = service.http.head(path)
+        assert asked.status_code == 200
+        assert asked.headers["content-type"] == service.http.get(path).headers["content-type"]
 
     def test_an_unforeseen_error_tells_nothing_of_itself(
         self, service: Service, capsys: pytest.CaptureFixture[str]

@@ -39,7 +39,7 @@ def test_the_real_service_says_why_there_is_none(
     real.set(job_id, status=status, reason="internal", message="")
     with pytest.raises(Conflict, match=f"The job is {status} and has no adapter") as caught:
         connect(str(real.http.base_url)).jobs.download(job_id, tmp_path / "a")
-    assert caught.value.code == "adapter_not_ready"
+    assert (caught.value.code, caught.value.job_status) == ("adapter_not_ready", status)
     assert not (tmp_path / "a").exists()
 
 

@@ -26,6 +26,7 @@ MOST = ("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties")
 def breaking_changes(released: Json, present: Json) -> list[str]:
     """A sentence for each; none where every client of the released document still works."""
     found: list[str] = []
+    kept: list[Json] = []
     routes = {_anonymous(path): item for path, item in present["paths"].items()}
     for path, item in released["paths"].items():
         for method in METHODS & set(item):
@@ -34,9 +35,16 @@ def breaking_changes(released: Json, present: Json) -> list[str]:
             if operation is None:
                 found.append(f"{name} is gone.")
                 continue
+            kept.append(item[method])
             old, new = Document(released, item[method]), Document(present, operation)
             found += [f"{name}: {change}" for change in _of_operation(old, new)]
-    return sorted(found)
+    gone = set().union(*map(_codes, kept)) - set().union(*map(_codes, _operations(present)))
+    return sorted([*found, *(f"No error has the code {code} any more." for code in gone)])
+
+
+def _operations(document: Json) -> list[Json]:
+    items = document["paths"].values()
+    return [operation for item in items for name, operation in item.items() if name in METHODS]
 
 
 @dataclass(frozen=True)
@@ -141,14 +149,47 @@ def _of_bodies(old: Document, new: Document) -> Iterator[str]:
 
 
 def _of_answers(old: Document, new: Document) -> Iterator[str]:
-    for status, before in Document(old.whole, old.node["responses"]).items():
-        if not status.startswith("2"):
+    before = dict(Document(old.whole, old.node["responses"]).items())
+    now = dict(Document(new.whole, new.node["responses"]).items())
+    for status in {**before, **now}:
+        ours = before.get(status) or _other(before, status)
+        theirs = now.get(status) or _other(now, status)
+        if theirs is None:
+            if status.startswith("2"):
+                yield f"it is not answered with {status} any more."
+        elif ours:
+            yield from _of_contents(ours, theirs, "answer", f"the answer {status}")
+            if status in before and status in now:
+                yield from _of_headers(ours, theirs, f"the answer {status}")
+
+
+def _other(answers: Mapping[str, Document], status: str) -> Document | None:
+    """What an error is by ``default``, where its status has no entry."""
+    return answers.get("default") if status.startswith(("4", "5")) else None
+
+
+def _of_headers(old: Document, new: Document, what: str) -> Iterator[str]:
+    before, now = ({k.lower(): v for k, v in _headers(one)} for one in (old, new))
+    for name, header in before.items():
+        where = f"{what}, header {name}"
+        if name not in now:
+            yield f"{where} is gone."
             continue
-        now = new.at("responses", status)
-        if now is None:
-            yield f"it is not answered with {status} any more."
-        else:
-            yield from _of_contents(before, now, "answer", f"the answer {status}")
+        if header.node.get("required") and not now[name].node.get("required"):
+            yield f"{where} may be missing now."
+        ours, theirs = header.at("schema"), now[name].at("schema")
+        if ours and theirs:
+            yield from Comparison("answer").fits(theirs, ours, where)
+
+
+def _headers(answer: Document) -> Iterator[tuple[str, Document]]:
+    yield from Document(answer.whole, answer.node.get("headers")).items()
+
+
+def _codes(operation: Json) -> set[str]:
+    """Of the errors that it lists."""
+    answers = operation["responses"].values()
+    return {code for answer in answers for code in answer.get("x-codes", [])}
 
 
 def _of_contents(old: Document, new: Document | None, way: Way, what: str) -> Iterator[str]:

@@ -43,6 +43,8 @@ class Entries:
 
 
 entries = Entries()
+again = Entries()
+"""Of these some once more, by OpenAI's paths."""
 
 
 def asking(method: str, path: str) -> Provoke:
@@ -297,6 +299,34 @@ def delete_results(service: Service) -> Answer:
 @entries.add("base_model_stays", 409)
 def delete_a_base_model(service: Service) -> Answer:
     return service.http.delete("/v1/models/file:tiny")
+
+
+@again.add("quota_exceeded", 429, max_queued_jobs=1)
+def one_fine_tuning_job_too_many(service: Service) -> Answer:
+    fine_tune(service)
+    return fine_tune(service)
+
+
+@again.add("dataset_in_use", 409)
+def delete_the_file_of_a_job(service: Service) -> Answer:
+    dataset = upload(service, b'{"prompt": "also in", "completion": "use"}\n').json()
+    service.submit(dataset_uri=dataset["uri"])
+    return service.http.delete(f"/v1/files/file-{dataset['id'].removeprefix('ds_')}")
+
+
+@again.add("forbidden", 403)
+def naming_another_project(service: Service) -> Answer:
+    return service.http.get("/v1/models", headers={"Flatlora-Project": "another"})
+
+
+@again.add("base_model_not_found", 400)
+def a_model_that_is_not_here(service: Service) -> Answer:
+    return fine_tune(service, model="file:none")
+
+
+@again.add("malformed_body", 400)
+def half_of_a_fine_tuning_job(service: Service) -> Answer:
+    return service.http.post(V1, content='{"model"', headers={"Content-Type": "application/json"})
 
 
 def upload(service: Service, rows: bytes, **headers: str) -> Answer:

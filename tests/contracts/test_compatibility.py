@@ -31,6 +31,10 @@ def test_no_client_of_the_last_release_is_broken() -> None:
     assert MEANT - found == set(), "these are no changes any more"
 
 
+PROBLEM: Json = {
+    "description": "it failed",
+    "content": {"application/problem+json": {"schema": {"$ref": "#/schemas/Problem"}}},
+}
 BASE: Json = {
     "paths": {
         "/jobs/{job_id}": {
@@ -47,8 +51,16 @@ BASE: Json = {
                     "200": {
                         "content": {"application/json": {"schema": {"$ref": "#/schemas/Answer"}}}
                     },
-                    "202": {"description": "later"},
-                    "404": {"description": "gone"},
+                    "202": {
+                        "description": "later",
+                        "headers": {"Location": {"required": True, "schema": {"type": "string"}}},
+                    },
+                    "404": {**PROBLEM, "x-codes": ["job_not_found"]},
+                    "409": {
+                        **PROBLEM,
+                        "headers": {"Upload-Offset": {"schema": {"type": "integer"}}},
+                    },
+                    "default": PROBLEM,
                 },
             }
         }
@@ -65,6 +77,11 @@ BASE: Json = {
                 "tags": {"type": "array", "items": {"type": "string"}},
                 "labels": {"type": "object", "additionalProperties": {"type": "string"}},
             },
+        },
+        "Problem": {
+            "type": "object",
+            "required": ["code"],
+            "properties": {"code": {"type": "string"}, "hint": {"type": ["string", "null"]}},
         },
         "Answer": {
             "type": "object",
@@ -100,6 +117,16 @@ def parameter(document: Json, index: int) -> Json:
     return found
 
 
+def problem_of(properties: Json) -> Json:
+    schema = {"type": "object", "required": ["code"], "properties": properties}
+    return {"application/problem+json": {"schema": schema}}
+
+
+def answers(document: Json) -> Json:
+    found: Json = operation(document)["responses"]
+    return found
+
+
 Change = Callable[[Json], Any]
 BREAKING: dict[str, Change] = {
     "POST /jobs/{job_id} is gone.": lambda new: new["paths"].clear(),
@@ -119,6 +146,28 @@ BREAKING: dict[str, Change] = {
         id={"anyOf": [{"type": "string"}, {"type": "null"}]}
     ),
     "the answer 200/state may be anything now.": lambda new: answered(new).update(state={}),
+    "the answer 202, header location is gone.": lambda new: answers(new)["202"].pop("headers"),
+    "the answer 202, header location may be missing now.": lambda new: answers(new)["202"][
+        "headers"
+    ]["Location"].update(required=False),
+    "the answer 409, header upload-offset may be string now.": lambda new: answers(new)["409"][
+        "headers"
+    ]["Upload-Offset"].update(schema={"type": "string"}),
+    "the answer 404 is not application/problem+json any more.": lambda new: answers(new)[
+        "404"
+    ].update(content={"text/plain": {}}),
+    "the answer 404/code may be integer now.": lambda new: answers(new)["404"].update(
+        content=problem_of({"code": {"type": "integer"}, "hint": {"type": "null"}})
+    ),
+    "the answer 404/hint is gone.": lambda new: answers(new)["404"].update(
+        content=problem_of({"code": {"type": "string"}})
+    ),
+    "the answer 418/hint is gone.": lambda new: answers(new).update(
+        {"418": {"content": problem_of({"code": {"type": "string"}})}}
+    ),
+    "No error has the code job_not_found any more.": lambda new: answers(new)["404"].update(
+        {"x-codes": ["no_such_job"]}
+    ),
     "the parameter limit is gone.": lambda new: operation(new)["parameters"].pop(1),
     "the parameter limit is required now.": lambda new: parameter(new, 1).update(required=True),
     "the parameter page is required now.": lambda new: operation(new)["parameters"].append(
@@ -201,7 +250,16 @@ PASSING: dict[str, Change] = {
         "loss"
     ),
     "a 2xx more": lambda new: operation(new)["responses"].update({"201": {}}),
-    "an error fewer": lambda new: operation(new)["responses"].pop("404"),
+    "an error fewer": lambda new: answers(new).pop("409"),
+    "an error more": lambda new: answers(new).update({"418": PROBLEM}),
+    "a header more": lambda new: answers(new)["404"].update({"headers": {"Retry-After": {}}}),
+    "a header that is always there now": lambda new: answers(new)["409"]["headers"][
+        "Upload-Offset"
+    ].update(required=True),
+    "a code more": lambda new: answers(new)["404"]["x-codes"].append("file_not_found"),
+    "a field of an error more": lambda new: new["schemas"]["Problem"]["properties"].update(
+        job_status={"type": "string"}
+    ),
 }
 
 

@@ -67,5 +67,10 @@ def test_the_bodies_that_start_something_have_an_example(body: str) -> None:
     assert DOCUMENT["components"]["schemas"][body]["examples"]
 
 
+@pytest.mark.parametrize("answer", ["EventPage", "Problem"])
+def test_answers_that_programs_read_have_an_example(answer: str) -> None:
+    assert DOCUMENT["components"]["schemas"][answer]["examples"]
+
+
 def test_an_example_that_is_none_would_be_found() -> None:
     assert wrong("#/components/schemas/JobCreate", {"base_model": "org/name", "rank": 0})

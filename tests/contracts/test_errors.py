@@ -3,6 +3,7 @@
 docs/errors.md is the list. A new code needs a section there and an entry in provoking.py.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,12 +13,18 @@ from structlog.testing import capture_logs
 
 from app.jobs.states import Reason, Status
 from app.migrate import upgrade
+from app.openai_api.shape import status_for
 from tests.app.conftest import make_settings, serve
 from tests.app.service import Json, Service
 from tests.contracts.error_codes import REASON, ROOT, codes_in_code, sections, source_of
-from tests.contracts.provoking import Answer, entries
+from tests.contracts.openapi import document
+from tests.contracts.provoking import Answer, again, delete_the_dataset_of_a_job, entries
 
 KEY = "flk_operator_of_the_errors"
+DOCUMENT = document()
+OPERATIONS = [
+    f"{method.upper()} {path}" for path, item in DOCUMENT["paths"].items() for method in item
+]
 ELSEWHERE = {
     "database_unavailable": "app/test_outages.py::TestStopped::"
     "test_every_route_says_so_and_all_work_again_when_it_is_back",
@@ -127,10 +134,95 @@ def test_it_is_answered_as_the_page_says(code: str, status: int, serving: Serve)
     provoke, settings = entries.found[code, status]
     response = provoke(serving(settings))
     assert response.status_code == status, response.text
+    is_listed(response, code)
     if response.url.path.startswith("/v1/"):
         is_openais(response, code)
     else:
         is_problem(response, code)
+
+
+@pytest.mark.parametrize(("code", "status"), again.found, ids=str)
+def test_so_it_is_by_openais_paths(code: str, status: int, serving: Serve) -> None:
+    provoke, settings = again.found[code, status]
+    response = provoke(serving(settings))
+    assert response.status_code == status, response.text
+    is_openais(response, code)
+    is_listed(response, code)
+
+
+def is_listed(response: Answer, code: str) -> None:
+    """Among what the document says of this operation by its status; ``default`` is no list."""
+    if code in {"not_found", "method_not_allowed"}:
+        return  # no operation of the document has been asked for
+    operation = operation_of(response)
+    listed = operation["responses"].get(str(response.status_code), {})
+    assert code in listed.get("x-codes", []), f"{operation['operationId']} does not list it"
+    for name, header in listed["headers"].items():
+        assert name in response.headers or not header.get("required"), name
+
+
+def operation_of(response: Answer) -> Json:
+    method, path = response.request.method.lower(), response.url.path
+    for template, item in DOCUMENT["paths"].items():
+        pattern = re.sub(r"\{\w+\}", "[^/]+", template.replace("{model}", ".+"))
+        if re.fullmatch(pattern, path) and method in item:
+            found: Json = item[method]
+            return found
+    raise AssertionError(f"the document has no {method} {path}")
+
+
+class TestWhatAnyRouteMayAnswer:
+    @pytest.mark.parametrize("operation", OPERATIONS)
+    def test_is_listed_by_each(self, operation: str) -> None:
+        method, path = operation.split()
+        found = DOCUMENT["paths"][path][method.lower()]
+        expected = {421: "host_not_allowed", 500: "internal"}
+        if "security" in found:
+            expected |= {403: "forbidden", 429: "rate_limited", 503: "database_unavailable"}
+        if method != "GET":
+            expected |= {413: "too_large"}
+            assert "cross_site" in found["responses"]["403"]["x-codes"]
+        for status, code in expected.items():
+            assert code in found["responses"][str(status)]["x-codes"]
+
+    def test_and_no_code_is_listed_that_the_page_does_not_explain(self) -> None:
+        listed = {
+            (code, int(status))
+            for item in DOCUMENT["paths"].values()
+            for operation in item.values()
+            for status, response in operation["responses"].items()
+            for code in response.get("x-codes", [])
+        }
+        explained = {
+            (code, at)
+            for code, section in sections().items()
+            for status in section.statuses
+            for at in (status, status_for(status))  # under /v1 a 422 is a 400
+        }
+        assert listed <= explained, sorted(listed - explained)
+
+
+class TestTheStatusInTheWay:
+    @pytest.mark.parametrize("wish", ["cancel", "pause", "resume"])
+    def test_of_a_transition_is_told_to_programs(self, wish: str, serving: Serve) -> None:
+        service = serving({})
+        refused = service.http.post(f"/jobs/{service.finished()['id']}/{wish}").json()
+        assert refused["job_status"] == Status.SUCCEEDED
+
+    def test_of_what_cannot_be_done_yet_too(self, serving: Serve) -> None:
+        service = serving({})
+        path = f"/jobs/{service.submit()['id']}"
+        refusals = [
+            service.http.post(f"{path}/retry"),
+            service.http.delete(path),
+            service.http.get(f"{path}/adapter"),
+        ]
+        assert [r.json()["job_status"] for r in refusals] == [Status.QUEUED] * 3
+
+    def test_is_not_told_of_other_conflicts(self, serving: Serve) -> None:
+        refused = delete_the_dataset_of_a_job(serving({}))
+        assert refused.status_code == 409
+        assert "job_status" not in refused.json()
 
 
 def is_problem(response: Answer, code: str) -> None:

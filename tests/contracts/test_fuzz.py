@@ -50,6 +50,9 @@ def api(tmp_path: Path) -> Iterator[str]:
 
 
 CONFIG = """
+[parameters]
+"header.Flatlora-Project" = "default"  # another is refused before anything else is looked at
+
 [[operations]]
 include-operation-id = "get_job"
 parameters = { wait = 0 }  # a long-poll that waits is tested elsewhere

@@ -15,26 +15,27 @@ from typing import Any
 
 import httpx2
 import pytest
-from sqlalchemy import insert
+from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
 from app.access.principal import Role
 from app.db import now
 from app.jobs.states import Status
-from app.tables import EventRow, WebhookDeliveryRow
+from app.tables import EventRow, WebhookDeliveryRow, WorkerRow
 from tests.app.conftest import make_settings, serve
 from tests.app.keys import acting, bearer, make_key
 from tests.app.service import Json, Service, ok
 from tests.contracts.openapi import document
 
 CANARY = "canary-of-theirs"
+SLOT = "w/0"
 DELIVERY = f"msg_{0:031x}1"
 BYTES = f'{{"text": "{CANARY}"}}\n'.encode()
 ROWS = {"Content-Type": "application/x-ndjson"}
 PARAMETER = re.compile(r"\{([a-z0-9_]+)\}")
 
 # Everybody's: they have no project's rows in them.
-SHARED = {"/healthz", "/readyz", "/version", "/models", "/workers"}
+SHARED = {"/healthz", "/readyz", "/version", "/models"}
 
 # What a request needs beside the path, so that it is not refused for its shape.
 NEEDS: dict[str, dict[str, Any]] = {
@@ -108,6 +109,7 @@ class House:
             job = self.service.finished()
             labels = {"of": CANARY}
             waiting = self.service.submit(name=CANARY, labels=labels)
+            running = self.service.submit(name=CANARY)
             uploaded = http.post(f"/datasets?filename={CANARY}.jsonl", content=BYTES, headers=ROWS)
             self.dataset = ok(uploaded, 201)
             key = make_key(self.service, "theirs", "viewer", name=CANARY)
@@ -116,6 +118,9 @@ class House:
             told = {"job_id": job["id"], "seq": 99, "type": "x", "message": CANARY, "data": {}}
             session.execute(insert(EventRow).values(at=now(), **told))
             session.add(delivery(job["id"]))
+            session.add(worker())
+        self.service.set(running["id"], status=Status.RUNNING, worker=SLOT, attempt=1)
+        self.running: str = running["id"]
         self.by_name = {
             "job_id": [job["id"], waiting["id"]],
             "dataset_id": [self.dataset["id"]],
@@ -124,7 +129,8 @@ class House:
             "delivery_id": [DELIVERY],
             "file": [job["adapter"]["files"][0]["name"]],
         }
-        self.secrets = [CANARY, job["id"], waiting["id"], self.dataset["id"], key["id"]]
+        jobs = [job["id"], waiting["id"], running["id"]]
+        self.secrets = [CANARY, *jobs, self.dataset["id"], key["id"]]
 
     def foreign(self, operation: Operation) -> Iterator[str]:
         """The operation's paths with ids of the other project in them."""
@@ -167,6 +173,14 @@ class House:
             for path in self.foreign(operation) if operation.parameters else [operation.path]:
                 shown[path] = without_request_id(self.ask(operation, path, self.theirs).text)
         return shown
+
+
+def worker() -> WorkerRow:
+    """Everybody's; it is heard for as long as the tests take."""
+    return WorkerRow(
+        name="w", host="h", pid=1, version="1", slots=[{"name": SLOT, "device": "0"}],
+        state="active", started_at=now(), heartbeat_at=now(3600),
+    )  # fmt: skip
 
 
 def delivery(job_id: str) -> WebhookDeliveryRow:
@@ -280,6 +294,26 @@ def test_their_bytes_are_a_dataset_of_ones_own(house: House) -> None:
         assert own["sha256"] == house.dataset["sha256"]
         assert own["id"] != house.dataset["id"]
         assert [row["id"] for row in house.service.get("/datasets")["items"]] == [own["id"]]
+
+
+def test_of_a_worker_that_all_share_each_sees_its_own_jobs_alone(house: House) -> None:
+    with acting(house.service, house.mine[Role.SUBMITTER]):
+        own = house.service.submit()["id"]
+    with Session(house.service.engine) as session, session.begin():
+        (row,) = session.scalars(select(WorkerRow))
+        row.slots = [*row.slots, {"name": "w/1", "device": "1"}]
+    house.service.set(own, status=Status.RUNNING, worker="w/1", attempt=1)
+    try:
+        seen = {}
+        for whose in (house.mine[Role.VIEWER], house.theirs):
+            with acting(house.service, whose):
+                (shown,) = house.service.get("/workers")["items"]
+            seen[whose] = [slot["job_id"] for slot in shown["slots"]]
+        assert seen == {house.mine[Role.VIEWER]: [None, own], house.theirs: [house.running, None]}
+    finally:
+        with Session(house.service.engine) as session, session.begin():
+            (row,) = session.scalars(select(WorkerRow))
+            row.slots = row.slots[:1]
 
 
 def test_without_a_key_nothing_of_it_is_told(house: House) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from app.jobs.figures import HeldOut, HeldOutFigures, Result, StepFigures
 from tests.worker.training.conftest import Recorder, make_tokenizer
 from worker.training.batches import Batch
 from worker.training.config import Training, TrainingJob
@@ -102,14 +103,16 @@ class TestStep:
 
     def test_metrics_hold_loss_rate_sigma_and_norm(self, make_job: Make, tmp_path: Path) -> None:
         recorder = Recorder()
-        run(make_job(), tmp_path, recorder, recorder)
+        result = run(make_job(), tmp_path, recorder, recorder)
         assert recorder.data_of("job.stopped_early") is None
+        assert result.keys() - {"plan"} == Result.__annotations__.keys() - {"dry_run"}
+        assert result["held_out"].keys() == HeldOut.__annotations__.keys()
         assert [step["step"] for step in recorder.steps] == list(range(1, 9))
         assert recorder.steps[0]["sigma"] == 0
         assert recorder.steps[4]["sigma"] == pytest.approx(0.025)
-        assert {"loss", "learning_rate", "grad_norm", "tokens_per_second", "eta_seconds"} <= set(
-            recorder.steps[0]
-        )
+        told = recorder.steps[0].keys() - {"step", "total"} | {"gpu_memory_bytes"}
+        assert told == StepFigures.__annotations__.keys(), "clients are promised these names"
+        assert recorder.evaluations[0][1].keys() == HeldOutFigures.__annotations__.keys()
         assert [step for step, _ in recorder.evaluations] == [0, 4, 8]
         assert recorder.phases[:3] == ["validating", "loading", "training"]
 
