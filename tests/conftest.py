@@ -3,7 +3,8 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import psycopg
@@ -94,13 +95,28 @@ def migrated_sqlite_url(migrated_file: Path, tmp_path: Path) -> str:
     return f"sqlite:///{copy}"
 
 
+MakeDatabase = Callable[[], AbstractContextManager[str]]
+
+
+@pytest.fixture(scope="session")
+def make_postgres(postgres_server: str, migrated_postgres: str) -> MakeDatabase:
+    """Makes databases with the tables in them, each there while its block lasts."""
+
+    @contextmanager
+    def make() -> Iterator[str]:
+        name = new_id("db")
+        with psycopg.connect(postgres_server, autocommit=True) as connection:
+            connection.execute(f"CREATE DATABASE {name} TEMPLATE {migrated_postgres}".encode())
+            yield _with_name(postgres_server, name)
+            connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+
+    return make
+
+
 @pytest.fixture
-def migrated_postgres_url(postgres_server: str, migrated_postgres: str) -> Iterator[str]:
-    name = new_id("db")
-    with psycopg.connect(postgres_server, autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name} TEMPLATE {migrated_postgres}".encode())
-        yield _with_name(postgres_server, name)
-        connection.execute(f"DROP DATABASE {name} WITH (FORCE)".encode())
+def migrated_postgres_url(make_postgres: MakeDatabase) -> Iterator[str]:
+    with make_postgres() as url:
+        yield url
 
 
 def _with_name(server: str, name: str) -> str:

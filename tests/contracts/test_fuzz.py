@@ -23,9 +23,12 @@ KEY = "flk_operator_of_the_fuzzed_service"
 NOT_CHECKED = "positive_data_acceptance"
 
 
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[str]:
+@pytest.fixture(params=["sqlite"])
+def api(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """The API alone, in a process of its own: jobs wait, and the examples of the document fit."""
+    database = {}
+    if request.param == "postgres":
+        database["FLATLORA_DATABASE_URL"] = request.getfixturevalue("migrated_postgres_url")
     with socket.create_server(("127.0.0.1", 0)) as listening:
         environment = {
             **{name: value for name, value in os.environ.items() if "FLATLORA" not in name},
@@ -34,6 +37,7 @@ def api(tmp_path: Path) -> Iterator[str]:
             "FLATLORA_DATASET_ROOTS": str(ROOT),
             "FLATLORA_MODEL_ROOTS": str(ROOT),
             "FLATLORA_LOG_LEVEL": "error",
+            **database,
         }
         migrate = [sys.executable, "-m", "app.cli.main", "migrate"]
         (tmp_path / "data").mkdir(mode=0o700)
@@ -84,6 +88,11 @@ def test_every_operation_keeps_its_promises(api: str, tmp_path: Path) -> None:
 
 @pytest.mark.torture
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("key", [KEY, None], ids=["with a key", "without"])
+@pytest.mark.parametrize(
+    ("api", "key"),
+    [("sqlite", KEY), ("postgres", KEY), ("sqlite", None)],
+    ids=["with a key", "with a key, on Postgres", "without a key"],
+    indirect=["api"],
+)
 def test_ten_thousand_cases(api: str, tmp_path: Path, key: str | None) -> None:
     assert fuzz(api, tmp_path, "--max-examples", "250", key=key) >= 10_000

@@ -192,12 +192,27 @@ def delivery(job_id: str) -> WebhookDeliveryRow:
     )  # fmt: skip
 
 
+@pytest.fixture(
+    scope="module", params=["sqlite", pytest.param("postgres", marks=pytest.mark.torture)]
+)
+def url(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    migrated_file: Path,
+) -> Iterator[str]:
+    if request.param == "postgres":
+        with request.getfixturevalue("make_postgres")() as made:
+            yield made
+    else:
+        copy = tmp_path_factory.mktemp("database") / "flatlora.db"
+        copy.write_bytes(migrated_file.read_bytes())
+        yield f"sqlite:///{copy}"
+
+
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory, migrated_file: Path) -> Iterator[House]:
+def house(tmp_path_factory: pytest.TempPathFactory, url: str) -> Iterator[House]:
     folder = tmp_path_factory.mktemp("isolation")
-    (folder / "flatlora.db").write_bytes(migrated_file.read_bytes())
-    settings = make_settings(folder, f"sqlite:///{folder / 'flatlora.db'}", auth="key")
-    for service in serve(settings):
+    for service in serve(make_settings(folder, url, auth="key")):
         house = House(service)
         assert CANARY in json.dumps(house.seen_by_them)
         yield house
