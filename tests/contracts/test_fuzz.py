@@ -7,16 +7,18 @@ earlier ones have made. In every run some; ten thousand where asked for: ``pytes
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx2
 import pytest
 
-from tests.system.service import EXAMPLES, ROOT, until
+from tests.faults.procs import reserve_port
+from tests.system.service import EXAMPLES, ROOT
+from tests.waiting import until
 
 KEY = "flk_operator_of_the_fuzzed_service"
 # A job that fits its schema may still name a model that is not here.
@@ -29,7 +31,9 @@ def api(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     database = {}
     if request.param == "postgres":
         database["FLATLORA_DATABASE_URL"] = request.getfixturevalue("migrated_postgres_url")
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+    with reserve_port() as reserved:
+        # By its number: on a socket that it is given, uvicorn lets each answer wait 40 ms (Nagle).
+        port = reserved.getsockname()[1]
         environment = {
             **{name: value for name, value in os.environ.items() if "FLATLORA" not in name},
             "FLATLORA_DATA_DIR": str(tmp_path / "data"),
@@ -43,14 +47,20 @@ def api(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         (tmp_path / "data").mkdir(mode=0o700)
         subprocess.run(migrate, env=environment, check=True, capture_output=True)
         command = [sys.executable, "-m", "uvicorn", "--factory", "app.main:make_app"]
-        command += ["--fd", str(listening.fileno()), "--log-level", "warning"]
-        server = subprocess.Popen(command, env=environment, pass_fds=[listening.fileno()])
-        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        until(lambda: httpx2.get(f"{url}/readyz", timeout=30).is_success)
+        command += ["--port", str(port), "--log-level", "warning"]
+        server = subprocess.Popen(command, env=environment)
+        url = f"http://127.0.0.1:{port}"
+        until(lambda: _is_ready(url))
         yield url
         assert server.poll() is None, "the API has died"
         server.terminate()
         assert server.wait(30) in {0, -15}
+
+
+def _is_ready(url: str) -> bool:
+    with suppress(httpx2.TransportError):
+        return httpx2.get(f"{url}/readyz", timeout=30).is_success
+    return False
 
 
 CONFIG = """
