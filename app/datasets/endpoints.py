@@ -14,6 +14,7 @@ from app.datasets.repository import DatasetFilter
 from app.datasets.schemas import HASH, Dataset, DatasetPage
 from app.datasets.service import DatasetService
 from app.datasets.uploads import (
+    OF_RECEIVING,
     Upload,
     check_size,
     media_type,
@@ -24,13 +25,8 @@ from app.datasets.uploads import (
 from app.errors import (
     DatasetInUse,
     DatasetNotFound,
-    HashMismatch,
     InvalidRequest,
-    QuotaExceeded,
-    StoreUnavailable,
-    TooLarge,
     Unauthenticated,
-    UnsupportedMediaType,
 )
 from app.faults import Fault
 from app.headers import sent, told
@@ -138,12 +134,7 @@ async def _chunks(file: UploadFile) -> AsyncIterator[bytes]:
     status_code=201,
     responses=problems(
         Unauthenticated,
-        TooLarge,
-        UnsupportedMediaType,
-        InvalidRequest,
-        HashMismatch,
-        QuotaExceeded,
-        StoreUnavailable,
+        *OF_RECEIVING,
         faults=(*FAULTS, "filename_missing", "digest_malformed"),
     )
     | KEPT,

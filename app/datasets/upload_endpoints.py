@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect
 from app.datasets.digests import CONTENT, WHOLE, announced, compare
 from app.datasets.resumable import ResumableUploads
 from app.datasets.schemas import HASH, UploadState
-from app.datasets.uploads import media_type, refuse_encoding
+from app.datasets.uploads import OF_RECEIVING, media_type, refuse_encoding
 from app.errors import (
     HashMismatch,
     InvalidRequest,
@@ -20,7 +20,6 @@ from app.errors import (
     StoreUnavailable,
     TooLarge,
     Unauthenticated,
-    UnsupportedMediaType,
     UploadMismatch,
     UploadNotFound,
 )
@@ -103,12 +102,7 @@ async def get_upload(sha256: Hash, request: Request, response: Response) -> Uplo
         Unauthenticated,
         UploadNotFound,
         OffsetMismatch,
-        TooLarge,
-        UnsupportedMediaType,
-        InvalidRequest,
-        HashMismatch,
-        QuotaExceeded,
-        StoreUnavailable,
+        *OF_RECEIVING,
         faults=("digest_malformed",),
     ),
     openapi_extra={

@@ -14,12 +14,24 @@ from starlette.datastructures import Headers
 
 from app.datasets.digests import compare
 from app.datasets.names import MAX_FILENAME_BYTES, SUFFIXES
-from app.errors import InvalidRequest, TooLarge, UnsupportedMediaType
+from app.errors import (
+    HashMismatch,
+    InvalidRequest,
+    QuotaExceeded,
+    StoreUnavailable,
+    TooLarge,
+    UnsupportedMediaType,
+)
 from app.faults import Fault
 from app.settings import Settings
 from app.storage import ArtifactStore, make_private
 
 BROKEN_SECONDS = 24 * 3600
+
+OF_RECEIVING = (
+    TooLarge, UnsupportedMediaType, InvalidRequest, HashMismatch, QuotaExceeded, StoreUnavailable,
+)  # fmt: skip
+"""What may be wrong wherever bytes are received."""
 
 
 @dataclass(frozen=True)

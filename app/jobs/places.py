@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, ScalarSelect, bindparam, case, func, select, tuple_
+from sqlalchemy import ColumnElement, ScalarSelect, Select, bindparam, case, func, select, tuple_
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import aliased
 
@@ -20,8 +20,13 @@ POSITIONS_LIMIT = 1000
 def _ahead(job: Any, *conditions: ColumnElement[bool]) -> ScalarSelect[int]:
     """How many jobs are ahead of the row of the enclosing statement."""
     queued = (job.status == Status.QUEUED, job.project == JobRow.project)
-    some = select(job.id).where(*queued, *conditions).limit(POSITIONS_LIMIT).correlate(JobRow)
-    return select(func.count()).select_from(some.subquery()).scalar_subquery()
+    return counted(select(job.id).where(*queued, *conditions).correlate(JobRow))
+
+
+def counted(jobs: Select[Any]) -> ScalarSelect[int]:
+    """How many there are, to the limit."""
+    some = jobs.limit(POSITIONS_LIMIT).subquery()
+    return select(func.count()).select_from(some).scalar_subquery()
 
 
 def _place_of_the_row() -> ColumnElement[int | None]:

@@ -6,13 +6,13 @@ away, and has no INSERT within WITH: it gets the same inserts one after another.
 
 from typing import Any
 
-from sqlalchemy import Insert, Label, bindparam, func, insert, literal, literal_column, select
+from sqlalchemy import Insert, Label, bindparam, insert, literal, literal_column, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.audit.lines import ASKED, AUDIT_LINE
 from app.db import now
 from app.jobs.events import FIRST_EVENT
-from app.jobs.places import POSITIONS_LIMIT, place
+from app.jobs.places import counted, place
 from app.jobs.states import Status
 from app.outbox import WAKE_NOW
 from app.scope import PROJECT
@@ -32,8 +32,7 @@ def _ahead() -> Label[int]:
         JobRow.project == bindparam("of_project"),
         JobRow.priority <= bindparam("of_priority"),
     )
-    some = waiting.limit(POSITIONS_LIMIT).subquery()
-    return select(func.count()).select_from(some).scalar_subquery().label("ahead")
+    return counted(waiting).label("ahead")
 
 
 # Built once and run without the ORM: to build a statement takes longer than to run it. SQLAlchemy

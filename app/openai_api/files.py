@@ -14,17 +14,14 @@ from app.adapters.download import ASKED, DOWNLOAD, REDIRECT, answer
 from app.datasets.endpoints import BINARY, FAULTS, UploadQuery, received
 from app.datasets.schemas import Dataset
 from app.datasets.service import DatasetService
-from app.datasets.uploads import Upload
+from app.datasets.uploads import OF_RECEIVING, Upload
 from app.errors import (
     DatasetInUse,
     DatasetNotFound,
-    HashMismatch,
     InvalidRequest,
     JobNotFound,
-    QuotaExceeded,
     RangeNotSatisfiable,
     StoreUnavailable,
-    TooLarge,
     Unauthenticated,
     UnsupportedMediaType,
 )
@@ -95,12 +92,7 @@ def _checked(form: FormData) -> str:
     "",
     responses=refusals(
         Unauthenticated,
-        TooLarge,
-        UnsupportedMediaType,
-        InvalidRequest,
-        HashMismatch,
-        QuotaExceeded,
-        StoreUnavailable,
+        *OF_RECEIVING,
         faults=(*FAULTS, "filename_missing", "digest_malformed", "unsupported_value"),
     ),
     openapi_extra={"requestBody": BODY},
