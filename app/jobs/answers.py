@@ -1,11 +1,12 @@
 """What the service tells of a job."""
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from app.jobs.figures import Figures, Lenient, Progress, Result
+from app.jobs.report import PreflightReport
 from app.jobs.schemas import JobCreate
 from app.jobs.states import Phase, Reason, Status
 
@@ -58,14 +59,12 @@ class JobSummary(BaseModel):
     )
     step: int
     total_steps: int | None
-    progress: Annotated[Progress | None, Lenient]
+    progress: Lenient[Progress | None]
     attempt: int
     retried_from: str | None = Field(description="The job that this one does again.")
     failure: Failure | None
     spec: JobCreate = Field(description="The job as asked for, every default written out.")
-    result: Annotated[Result | None, Lenient] = Field(
-        description="Held-out loss before and after, and more."
-    )
+    result: Lenient[Result | None] = Field(description="Held-out loss before and after, and more.")
     adapter: Adapter | None
     created_at: datetime
     updated_at: datetime
@@ -74,7 +73,9 @@ class JobSummary(BaseModel):
 
 
 class Job(JobSummary):
-    report: dict[str, Any] | None = Field(description="The preflight report on the data.")
+    report: Lenient[PreflightReport | None] = Field(
+        description="What the trainer has found in the data, and what it is going to need."
+    )
 
 
 class JobPage(BaseModel):
@@ -132,7 +133,7 @@ class CheckpointPage(BaseModel):
 class Metric(BaseModel):
     step: int
     series: Literal["train", "held_out"]
-    data: Annotated[Figures, Lenient]
+    data: Lenient[Figures]
 
 
 class MetricSeries(BaseModel):

@@ -9,12 +9,15 @@ from typing import Annotated, Any
 from pydantic import (
     ConfigDict,
     Field,
+    PlainSerializer,
     ValidationError,
     ValidatorFunctionWrapHandler,
     WrapValidator,
     with_config,
 )
-from typing_extensions import TypedDict  # pydantic asks for this one, and brings it
+from typing_extensions import TypedDict, TypeVar  # pydantic asks for this one, and brings it
+
+T = TypeVar("T")
 
 OPEN = ConfigDict(extra="allow")
 
@@ -27,7 +30,8 @@ def _or_as_written(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
         return value
 
 
-Lenient = WrapValidator(_or_as_written)
+# A lambda: a serializer that names what it returns would take its place in the document.
+Lenient = Annotated[T, WrapValidator(_or_as_written), PlainSerializer(lambda value: value)]
 
 
 @with_config(OPEN)
