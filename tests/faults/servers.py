@@ -184,7 +184,7 @@ class RedisServer(Server):
 
     def client(self) -> "redis.Redis":
         """Use it in a ``with`` block: it holds connections."""
-        return redis.Redis.from_url(self.url(), socket_timeout=5)
+        return redis.Redis.from_url(self.url(), socket_timeout=30)
 
     def wipe(self) -> None:
         """Killed and started again with nothing in it."""

@@ -33,7 +33,7 @@ class Ranks:
         self._processes: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
-    def call(self, function: Callable[..., T], *args: Any, limit: float = 60) -> list[T]:
+    def call(self, function: Callable[..., T], *args: Any, limit: float = 240) -> list[T]:
         """Call a function on all ranks at once.
 
         Args:
@@ -97,7 +97,7 @@ class Ranks:
         rank_of = {connection: rank for rank, (_, connection) in enumerate(self._processes)}
         while rank_of:
             if any(fault is not None for _, fault in answers.values()):
-                until = min(until, time.monotonic() + 1)  # the others may fail alike
+                until = min(until, time.monotonic() + 10)  # the others may fail alike
             ready = wait([*rank_of], timeout=max(0, until - time.monotonic()))
             if not ready:
                 break

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from flatlora.ops import Stream, noise_key
@@ -72,7 +72,6 @@ def test_philox_gives_the_known_answers(counter: str, key: str, seven: str, ten:
 
 
 @given(st.lists(words32, min_size=4, max_size=4), st.tuples(words32, words32), st.integers(1, 10))
-@settings(deadline=None)
 def test_philox_equals_its_definition(
     counter: list[int], key: tuple[int, int], rounds: int
 ) -> None:

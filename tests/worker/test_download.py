@@ -149,8 +149,8 @@ class TestAsAJob:
 
     def test_the_settings_limit_its_time(self, failure_of: Any, hub: Hub) -> None:
         hub.stuck = "model.safetensors"
-        failure = failure_of(model_seconds=3)
+        failure = failure_of(model_seconds=8)
         assert failure["reason"] == "base_model_unavailable"
-        assert "org/name could not be fetched from the hub within 3 seconds" in failure["message"]
+        assert "org/name could not be fetched from the hub within 8 seconds" in failure["message"]
         assert "FLATLORA_MODEL_SECONDS" in failure["hint"]
         assert "model.safetensors" in hub.fetched()  # it was under way

@@ -99,7 +99,7 @@ class TestHandover:
         path = write_checkpoint(here, 5)
         with Handover(claims, store, lease, here) as handover:
             handover.take(5)
-            until(lambda: step_in_row(engine, lease) == 5, seconds=10)
+            until(lambda: step_in_row(engine, lease) == 5, seconds=30)
         claims.release(lease, "drained")
         again = claimed(claims)
         restore(store, again, there)
@@ -114,10 +114,10 @@ class TestHandover:
             for step in (5, 10, 15, 20):
                 write_checkpoint(here, step)
                 handover.take(step)
-                until(lambda: store.asked, seconds=10)
+                until(lambda: store.asked, seconds=30)
             store.taking.release(2)
-            until(lambda: step_in_row(engine, lease) == 20, seconds=10)
-            until(partial(has_only, store, 1, 20), seconds=10)
+            until(lambda: step_in_row(engine, lease) == 20, seconds=30)
+            until(partial(has_only, store, 1, 20), seconds=30)
         assert store.asked == [5, 20]
 
     def test_the_row_never_points_backwards(
@@ -128,11 +128,11 @@ class TestHandover:
             write_checkpoint(here, step)
         with Handover(claims, store, lease, here) as handover:
             handover.take(5)
-            until(lambda: store.asked, seconds=10)
+            until(lambda: store.asked, seconds=30)
             for step in (15, 10, 5):
                 handover.take(step)
             store.taking.release(2)
-            until(lambda: step_in_row(engine, lease) == 15, seconds=10)
+            until(lambda: step_in_row(engine, lease) == 15, seconds=30)
         assert store.asked == [5, 15]
 
     def test_who_finishes_waits_for_the_newest_though_nobody_told_of_it(
@@ -140,7 +140,7 @@ class TestHandover:
     ) -> None:
         write_checkpoint(here, 7)
         with Handover(claims, store, lease, here) as handover:
-            handover.finish(10)
+            handover.finish(30)
             assert step_in_row(engine, lease) == 7
 
     def test_who_finishes_waits_no_longer_than_asked(
@@ -151,7 +151,7 @@ class TestHandover:
         started = time.monotonic()
         with Handover(claims, store, lease, here) as handover:
             handover.finish(0.3)
-            assert 0.2 < time.monotonic() - started < 5
+            assert 0.2 < time.monotonic() - started < 25
             store.taking.release()
 
     def test_one_that_is_deleted_under_it_is_passed_over(
@@ -159,11 +159,11 @@ class TestHandover:
     ) -> None:
         with Handover(claims, store, lease, here) as handover:
             handover.take(5)  # the trainer keeps two, and was faster
-            handover.finish(10)
+            handover.finish(30)
             assert step_in_row(engine, lease) is None
             write_checkpoint(here, 10)
             handover.take(10)
-            handover.finish(10)
+            handover.finish(30)
         assert step_in_row(engine, lease) == 10
 
     def test_an_outage_costs_a_checkpoint_and_not_the_next(
@@ -181,11 +181,11 @@ class TestHandover:
         with Handover(claims, store, lease, here) as handover:
             write_checkpoint(here, 5)
             handover.take(5)
-            handover.finish(10)
+            handover.finish(30)
             claims.is_away = False
             write_checkpoint(here, 10)
             handover.take(10)
-            handover.finish(10)
+            handover.finish(30)
         assert step_in_row(engine, lease) == 10
 
 
@@ -200,7 +200,7 @@ class TestLostLease:
     ) -> None:
         store.put_checkpoint(lost.job_id, 2, 30, write_checkpoint(here, 30))
         with Handover(claims, store, lost, here) as handover:
-            handover.finish(10)
+            handover.finish(30)
         assert step_in_row(engine, lost) is None
         assert (2, 30) in stored_steps(store)
 
@@ -226,7 +226,7 @@ class TestRestore:
         """The next attempt, for which step 10 lies in the store."""
         write_checkpoint(here, 10, b"of the first attempt")
         with Handover(claims, store, lease, here) as handover:
-            handover.finish(10)
+            handover.finish(30)
         claims.release(lease, "drained")
         return claimed(claims)
 
@@ -281,13 +281,13 @@ def test_a_checkpoint_may_be_handed_over_again(
     """A job may move again before it has made a new one, or without its folder."""
     write_checkpoint(here, 10, b"first")
     with Handover(claims, store, lease, here) as handover:
-        handover.finish(10)
+        handover.finish(30)
     shutil.rmtree(here)
     for fence in (2, 3):
         claims.release(lease, "drained")
         lease = claimed(claims)
         restore(store, lease, there)
         with Handover(claims, store, lease, there) as handover:
-            handover.finish(10)
-        until(partial(has_only, store, fence, 10), seconds=10)
+            handover.finish(30)
+        until(partial(has_only, store, fence, 10), seconds=30)
         shutil.rmtree(there)

@@ -12,6 +12,8 @@ import httpx2
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.faults.procs import reserve_port
+
 # A parent that serves, and children that do what its input says: "<child> <call>" a line.
 PARENT = """
 import json, os, sys
@@ -58,9 +60,8 @@ with metrics.serving_metrics(settings):
 
 class Worker:
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        self._reserved = reserve_port()
+        self.port: int = self._reserved.getsockname()[1]
         self.folder = folder
         self._process = subprocess.Popen(
             [sys.executable, "-c", PARENT, str(folder), str(self.port)],
@@ -82,7 +83,7 @@ class Worker:
 
     def scrape(self) -> dict[str, float]:
         """Values by ``name{label}``, where there is one label at most but ``le``."""
-        response = httpx2.get(f"http://127.0.0.1:{self.port}/metrics")
+        response = httpx2.get(f"http://127.0.0.1:{self.port}/metrics", timeout=30)
         assert response.status_code == 200
         return {
             sample.name + "".join(f"[{value}]" for value in sample.labels.values()): sample.value
@@ -96,6 +97,7 @@ class Worker:
         self._process.stdin.close()
         assert self._process.wait(30) == 0
         self._process.stdout.close()
+        self._reserved.close()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What was worked for is written when the database and the store are back, and never dropped."""
 
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -63,10 +64,11 @@ class TestDatabase:
         monkeypatch.setattr(patience, "LAST_TRIES_SECONDS", 0.2)
         draining = threading.Event()
         draining.set()
-        call, calls = failing(*AWAY[:1] * 1000)
+        call, _ = failing(*AWAY[:1] * 1000)
+        started = time.monotonic()
         with pytest.raises(OperationalError):
             until_written(call, draining)
-        assert 0.2 <= calls[-1] - calls[0] < 5
+        assert 0.2 <= time.monotonic() - started < 30
 
     def test_the_waits_grow_and_have_a_limit(self) -> None:
         call, calls = failing(*AWAY * 3)
@@ -74,7 +76,7 @@ class TestDatabase:
         waits = [later - sooner for sooner, later in pairwise(calls)]
         assert min(waits) >= 0.5 * 0.01
         assert min(waits[3:]) >= 0.5 * 0.05
-        assert sum(waits[3:]) < 10 * 0.05 * len(waits[3:])
+        assert statistics.median(waits[3:]) < 10 * 0.05
 
 
 class TestStore:
@@ -98,8 +100,9 @@ class TestStore:
         draining = threading.Event()
         if drains:
             draining.set()
-        call, calls = failing(*[Outage("refused")] * 1000)
+        call, _ = failing(*[Outage("refused")] * 1000)
+        started = time.monotonic()
         with pytest.raises(Outage):
             until_stored(call, draining)
         limit = 0.1 if drains else 0.3
-        assert limit <= calls[-1] - calls[0] < limit + 5
+        assert limit <= time.monotonic() - started < 30

@@ -137,7 +137,7 @@ def settings(tmp_path: Path, migrated_url: str) -> Settings:
         model_roots=[tmp_path],
         trainer_module="tests.worker.scripted_trainer",
         retry_seconds=0,
-        drain_grace_seconds=0.5,
+        drain_grace_seconds=3,
     )
 
 

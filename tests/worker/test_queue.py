@@ -1,8 +1,8 @@
 """Whose turn it is: projects take turns, nobody starves, and nothing blocks those behind it."""
 
 import re
+import statistics
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from app.db import make_engine, now
 from app.jobs.states import Status
 from app.tables import JobRow
+from tests.waiting import seconds_of
 from tests.worker.jobs import add_job, add_jobs, change, claimed, row
 from worker.claims import Claims
 from worker.lease import Lease
@@ -235,10 +236,7 @@ class TestCost:
         assert len(reads) > 5, steps
         for step in reads:
             assert "Index" in step or "USING" in step, "\n".join(steps)
-        started = time.monotonic()
-        for _ in range(20):
-            claimed(claims)
-        assert time.monotonic() - started < 20 * 0.1
+        assert statistics.median(seconds_of(lambda: claimed(claims)) for _ in range(20)) < 0.1
 
     def test_larger_jobs_are_passed_over_within_the_index(self, migrated_postgres_url: str) -> None:
         """Of ten thousand larger ones before it no row is read."""

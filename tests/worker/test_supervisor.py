@@ -94,7 +94,10 @@ class TestTrainerThatIsKilled:
         script = settings.work_dir / job_id / "script.json"
         script.write_text(json.dumps({"then": "exit", "code": -signal.SIGKILL}))
 
-    def test_by_somebody_it_is_lost(self, engine: Engine, settings: Settings, job_id: str) -> None:
+    def test_by_somebody_it_is_lost(
+        self, engine: Engine, settings: Settings, job_id: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(supervisor, "out_of_memory_kills", lambda: 0)
         attempt(settings, threading.Event())
         job = row(engine, job_id)
         assert (job.status, job.reason) == (Status.FAILED, Reason.WORKER_LOST)

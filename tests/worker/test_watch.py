@@ -29,7 +29,7 @@ from worker.progress import Progress
 from worker.watch import Stop, Watch
 
 MODULE = "tests.worker.scripted_trainer"
-GRACE = 0.5
+GRACE = 2
 FOREVER = 600.0
 
 
@@ -121,29 +121,28 @@ class TestHeartbeat:
     def test_a_lease_does_not_run_out_while_its_supervisor_lives(
         self, engine: Engine, begin: Begin
     ) -> None:
-        with begin(engine, lease_seconds=1.5, heartbeat_seconds=0.2) as attempt:
-            deadline = time.monotonic() + 1.8
-            while time.monotonic() < deadline:
-                assert count(engine, JobRow.lease_until > now()) == 1
-                time.sleep(0.1)
+        with begin(engine, heartbeat_seconds=0.2) as attempt:
+            for _ in range(3):
+                change(engine, attempt.lease.job_id, lease_until=now(1))
+                until(lambda: count(engine, JobRow.lease_until > now(30)), seconds=20)
             assert attempt.watch.stop is None
             assert is_alive(attempt.trainer.pid)
 
     def test_what_the_trainer_says_is_written_soon(self, engine: Engine, begin: Begin) -> None:
         with begin(engine) as attempt:
             attempt.progress.take({"kind": "step", "step": 7, "total": 9, "metrics": {"loss": 1.0}})
-            until(lambda: row(engine, attempt.lease.job_id).step == 7, seconds=5)
+            until(lambda: row(engine, attempt.lease.job_id).step == 7, seconds=20)
 
     def test_one_that_fails_is_tried_again_in_time(
         self, sqlite: Engine, begin: Begin, logged: list[EventDict]
     ) -> None:
-        options = {"lease_seconds": 9, "heartbeat_seconds": 0.2}
+        options = {"lease_seconds": 30, "heartbeat_seconds": 0.2}
         with begin(sqlite, makes=Unreachable, **options) as attempt:
             attempt.claims.is_away = True
-            until(lambda: any(entry["event"] == "heartbeat failed" for entry in logged), seconds=6)
+            until(lambda: any(entry["event"] == "heartbeat failed" for entry in logged), seconds=20)
             attempt.claims.is_away = False
             change(sqlite, attempt.lease.job_id, lease_until=now())
-            until(lambda: count(sqlite, JobRow.lease_until > now(8)), seconds=6)
+            until(lambda: count(sqlite, JobRow.lease_until > now(20)), seconds=20)
             assert attempt.watch.stop is None
             assert attempt.signals == {}
 
@@ -152,7 +151,7 @@ class TestCutOff:
     def test_a_heartbeat_that_hangs_ends_the_trainer_before_its_lease_is_over(
         self, migrated_postgres_url: str, begin: Begin
     ) -> None:
-        engine, lease_seconds = make_engine(migrated_postgres_url), 4
+        engine, lease_seconds = make_engine(migrated_postgres_url), 12
         with (
             begin(engine, lease_seconds=lease_seconds, drain_grace_seconds=FOREVER) as attempt,
             engine.begin() as hanging,
@@ -171,7 +170,7 @@ class TestCutOff:
     def test_a_trainer_that_stops_in_time_writes_its_checkpoint(
         self, sqlite: Engine, begin: Begin
     ) -> None:
-        with begin(sqlite, then="hang", makes=Unreachable, lease_seconds=2) as attempt:
+        with begin(sqlite, then="hang", makes=Unreachable, lease_seconds=6) as attempt:
             attempt.claims.is_away = True
             assert attempt.trainer.wait() == 75
             assert attempt.watch.stop is Stop.CUT_OFF
@@ -179,7 +178,7 @@ class TestCutOff:
     def test_one_that_does_not_is_killed_also_if_the_database_is_back(
         self, sqlite: Engine, begin: Begin
     ) -> None:
-        with begin(sqlite, makes=Unreachable, lease_seconds=2) as attempt:
+        with begin(sqlite, makes=Unreachable, lease_seconds=6) as attempt:
             attempt.claims.is_away = True
             attempt.is_sent("SIGTERM")
             attempt.claims.is_away = False
@@ -195,7 +194,7 @@ class TestCutOff:
         claims.is_away = True
         late = replace(lease, asked_at=lease.asked_at - 0.75 * 60)
         with watching(claims, late, tmp_path) as watch:
-            until(lambda: watch.stop is Stop.CUT_OFF, seconds=5)
+            until(lambda: watch.stop is Stop.CUT_OFF, seconds=20)
 
 
 @contextmanager
@@ -208,16 +207,16 @@ def watching(claims: Claims, lease: Lease, folder: Path) -> Iterator[Watch]:
 
 class TestEnds:
     def test_a_trainer_that_says_nothing_is_killed(self, sqlite: Engine, begin: Begin) -> None:
-        with begin(sqlite, stall_seconds=1) as attempt:
+        with begin(sqlite, stall_seconds=5) as attempt:
             started = time.monotonic()
             attempt.is_killed()
-            assert time.monotonic() - started > 0.5
+            assert time.monotonic() - started > 2.5
             assert attempt.watch.stop is Stop.STALLED
             assert attempt.signals == {}
 
     def test_one_that_goes_on_speaking_is_not(self, sqlite: Engine, begin: Begin) -> None:
-        with begin(sqlite, stall_seconds=0.8) as attempt:
-            deadline = time.monotonic() + 1.2
+        with begin(sqlite, stall_seconds=4) as attempt:
+            deadline = time.monotonic() + 5
             while time.monotonic() < deadline:
                 attempt.progress.take({"kind": "phase", "name": "training"})
                 time.sleep(0.05)
@@ -227,7 +226,7 @@ class TestEnds:
         self, sqlite: Engine, begin: Begin
     ) -> None:
         spec = make_spec(resources={"max_runtime": 3600})
-        with begin(sqlite, spec=spec, runtime=3599) as attempt:
+        with begin(sqlite, spec=spec, runtime=3597) as attempt:
             attempt.is_sent("SIGUSR1")
             attempt.is_killed()
             assert time.monotonic() - attempt.signals["SIGUSR1"] > 0.5 * GRACE
@@ -266,7 +265,7 @@ class TestSeveral:
             assert attempt.watch.stop is Stop.CANCEL
 
     def test_and_not_the_other_way_round(self, sqlite: Engine, begin: Begin) -> None:
-        with begin(sqlite, cancel_grace_seconds=1) as attempt:
+        with begin(sqlite) as attempt:
             change(sqlite, attempt.lease.job_id, status=Status.CANCELLING)
             attempt.is_sent("SIGUSR1")
             attempt.draining.set()
@@ -282,7 +281,7 @@ class TestSeveral:
         (tmp_path / "script.json").write_text('{"then": "deaf", "follows": true}')
         with watching(claims, claimed(claims), tmp_path) as watch:
             change(sqlite, job_id, fence=2)
-            until(lambda: watch.stop, seconds=5)
+            until(lambda: watch.stop, seconds=20)
             trainer = TrainerProcess("train", tmp_path, module=MODULE)
             with trainer, watch.over(trainer):
                 assert trainer.wait() == -signal.SIGKILL

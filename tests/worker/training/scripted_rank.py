@@ -36,7 +36,7 @@ def main(folder: Path, script: list[str]) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             case ["wait", other]:
                 while not (folder / f"rank-{other}.json").exists():
-                    pass
+                    time.sleep(0.005)
             case ["sleep", seconds]:
                 time.sleep(float(seconds))
             case ["hang"]:

@@ -56,7 +56,7 @@ def descriptors() -> set[str]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 2)
 
 
 TRAINER = """
@@ -117,7 +117,7 @@ class TestEnd:
         script = ("hang", "wait 0, wait 2, die", "wait 0, fail internal, hang")
         started = time.monotonic()
         found = ended(tmp_path, *script)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 30
         assert {one.rank: one.was_killed for one in found} == {1: False, 0: True, 2: True}
         assert death_of(found) == signal.SIGKILL
         assert failure_of(found) is None  # that of rank 2 was of rank 1's death

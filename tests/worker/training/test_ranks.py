@@ -167,6 +167,7 @@ def exchanged() -> dict[str, Any]:
 def alone_since() -> None:
     """The second ends, and the first says what it makes of that."""
     ranks = Ranks(CPU)
+    ranks.wait()  # until both are there
     if not ranks.is_first:
         os._exit(1)
     try:

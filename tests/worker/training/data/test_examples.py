@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.worker.training.conftest import chat, make_tokenizer
@@ -49,7 +49,6 @@ def plain(examples: "list[Example] | Examples") -> list[tuple[list[int], list[bo
 
 
 class TestExamples:
-    @settings(deadline=None)
     @given(st.lists(tokens, max_size=12), st.data())
     def test_they_are_what_was_written(
         self, rows: list[list[tuple[int, bool]]], data: st.DataObject
@@ -77,7 +76,6 @@ class TestExamples:
 
 
 class TestKeys:
-    @settings(deadline=None)
     @given(letters, st.integers(0, 5), st.floats(0.01, 0.9), st.integers(1, 9))
     def test_a_split_takes_groups_of_equal_rows_in_the_order_of_their_hashes(
         self, names: list[str], seed: int, share: float, max_rows: int
@@ -95,7 +93,6 @@ class TestKeys:
         found = split(as_keys(b"".join(keys)), share, max_rows)
         assert found.tolist() == [key in held for key in keys]
 
-    @settings(deadline=None)
     @given(letters, letters)
     def test_copies_are_counted_within_a_file_and_between_two(
         self, ours: list[str], theirs: list[str]

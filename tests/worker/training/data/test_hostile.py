@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,13 +262,12 @@ def test_a_hostile_file_is_a_bad_dataset(
         path.write_bytes(content)
     measured = Measured(tmp_path)
     monkeypatch.setattr("sys.executable", str(measured.python))
-    begin = time.monotonic()
     with pytest.raises(DatasetInvalid) as caught:
         read(DataFile(f"file:{filename}", path, filename, ""), Data())
     assert words in caught.value.message
     assert caught.value.hint
     assert len(caught.value.message) < 3000
-    assert time.monotonic() - begin < MAX_SECONDS
+    assert measured.usage().cpu_seconds < MAX_SECONDS  # others may have the processor meanwhile
     assert measured.usage().peak_bytes < MAX_BYTES
 
 

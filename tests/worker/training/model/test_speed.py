@@ -59,8 +59,8 @@ def test_evaluations_take_time_and_ranks_share_it() -> None:
 def test_a_cpu_is_tried_and_gives_an_estimate() -> None:
     device = find_device(torch.device("cpu"), torch.float32)
     assert not device.is_gpu
-    assert 1e9 < device.nominal < 1e14
-    assert 1e-7 < device.call_seconds < 1e-2
+    assert 1e7 < device.nominal < 1e14
+    assert 1e-7 < device.call_seconds < 1
     assert device.total_bytes > 1 << 30
     found = estimate_seconds(tiny(), replace(PLAN, varlen=False), WORK, device)
     assert 0 < found.seconds < 86_400
