@@ -7,7 +7,6 @@ between the commit and the broker, the next relay sends what is left.
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Engine, Insert, delete, insert, select
-from sqlalchemy.orm import Session
 
 from app.db import now
 from app.failpoints import Point, failpoint
@@ -39,9 +38,9 @@ class Relay:
 
     def send_due(self) -> int:
         """Send what is due. Raises what the broker raises; the rows stay then."""
-        sent = 0
-        while batch := self._send_batch():
-            sent += batch
+        sent = batch = self._send_batch()
+        while batch == BATCH:  # else those that came first have been all
+            sent += (batch := self._send_batch())
         return sent
 
     def _send_batch(self) -> int:
@@ -53,20 +52,21 @@ class Relay:
             .limit(BATCH)
             .with_for_update(skip_locked=True, of=OutboxRow)
         )
-        with Session(self._engine) as session, session.begin():
-            rows = session.execute(due).all()
+        with self._engine.begin() as connection:
+            rows = connection.execute(due).all()
             if not rows:
                 return 0
             failpoint(Point.RELAY_BEFORE_SEND)
-            for row in rows:
-                send_wake_up(self._celery, row.job_id, gpus=row.gpus)
+            with self._celery.producer_or_acquire() as producer:
+                for row in rows:
+                    send_wake_up(self._celery, row.job_id, gpus=row.gpus, producer=producer)
             failpoint(Point.RELAY_AFTER_SEND)
-            session.execute(delete(OutboxRow).where(OutboxRow.id.in_([row.id for row in rows])))
+            connection.execute(delete(OutboxRow).where(OutboxRow.id.in_([row.id for row in rows])))
         return len(rows)
 
 
-def send_wake_up(celery: "Celery", *about: Any, gpus: int = 1) -> None:
-    """To a slot of so many GPUs, or more."""
+def send_wake_up(celery: "Celery", *about: Any, gpus: int = 1, producer: Any = None) -> None:
+    """To a slot of so many GPUs, or more; by a producer that is at hand, if there is one."""
     from app.broker import WAKE, queue_of
 
-    celery.send_task(WAKE, args=about, queue=queue_of(gpus))
+    celery.send_task(WAKE, args=about, queue=queue_of(gpus), producer=producer)
