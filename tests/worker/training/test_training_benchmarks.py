@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from benchmarks import ladder, llama, memory, parity, study, throughput
+from benchmarks import ladder, llama, loss, memory, parity, study, throughput
 from benchmarks.ladder import Measured
 from benchmarks.sequences import Data, from_file, packed_data
 from benchmarks.study import Cell, Outcome
@@ -18,6 +19,7 @@ from tests.flatlora.trainers import shorten_collections
 from tests.worker.training.conftest import chat
 from worker.training.batches import Batch
 from worker.training.config import DataFile
+from worker.training.model.loss import liger_cross_entropy
 from worker.training.packing import length
 
 CPU = torch.device("cpu")
@@ -241,3 +243,23 @@ class TestMemory:
         assert not compared(116, 100).is_near
         assert not compared(84, 100).is_near
         assert compared(116, None).is_near
+
+
+class TestLoss:
+    def test_both_divisions_are_timed(self, tmp_path: Path) -> None:
+        path = tmp_path / "loss.json"
+        assert loss.main(["--json", str(path)]) == 0
+        (found,) = results(path)
+        assert (found["itself"]["rows"], found["ours"]["rows"]) == (4, 50)
+        assert found["itself"]["ms"] > 0
+        assert found["ours"]["ms"] > 0
+
+    def test_one_that_computes_something_else_is_refused(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def wrong(states: Tensor, weight: Tensor, wanted: Tensor, budget: int) -> Tensor:
+            return budget * liger_cross_entropy(states, weight, wanted, budget)
+
+        monkeypatch.setattr(loss, "liger_cross_entropy", wrong)
+        assert loss.main([]) == 1
+        assert "disagree" in capsys.readouterr().err

@@ -5,6 +5,8 @@ Logits are by far the largest tensor of a training step: 4,096 tokens of a vocab
 chunk's own logits determine, is multiplied into that of the hidden states at once.
 """
 
+import math
+from importlib.util import find_spec
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -33,6 +35,41 @@ def chunk_rows(vocabulary: int) -> int:
     return 1 << max(4, (CHUNK_BYTES // (4 * vocabulary)).bit_length() - 1)
 
 
+class Chunk(NamedTuple):
+    """How Liger's kernel divides the targets.
+
+    Attributes:
+        budget: Its ``chunk_mem_const``.
+        rows: Targets whose logits are there at once.
+    """
+
+    budget: int
+    rows: int
+
+
+def liger_chunk(targets: int, vocabulary: int, hidden: int) -> Chunk:
+    """As many rows as elsewhere, as far as its rule allows that.
+
+    By itself it makes as many logits at once as there are hidden states. That is few rows where
+    the vocabulary is large beside the hidden states, or the targets are few, and for each few rows
+    the whole head is read twice.
+    """
+    most = chunk_rows(vocabulary)
+    parts = max(1, math.ceil(targets / most))
+    budget = math.ceil(vocabulary / (hidden * parts))
+    rows = liger_rows(targets, vocabulary, hidden, budget)
+    if rows > most and budget > 1:
+        budget -= 1
+        rows = liger_rows(targets, vocabulary, hidden, budget)
+    return Chunk(budget, rows)
+
+
+def liger_rows(targets: int, vocabulary: int, hidden: int, budget: int = 1) -> int:
+    """Its own rule."""
+    part = math.ceil(targets / math.ceil(vocabulary / (budget * hidden)))
+    return min(targets, 1 << max(0, part - 1).bit_length())
+
+
 def linear_cross_entropy(
     hidden: Float[Tensor, "targets hidden"],
     weight: Float[Tensor, "vocabulary hidden"],
@@ -48,11 +85,26 @@ def linear_cross_entropy(
     Returns:
         The sum over the targets, in float32.
     """
-    if hidden.is_cuda and (liger := _liger()):
-        arguments = (hidden, weight, targets, None, None, IGNORED, 0.0, 0.0, "sum")
-        return cast(Tensor, liger.apply(*arguments)[0])
+    if hidden.is_cuda and find_spec("liger_kernel"):
+        return liger_cross_entropy(hidden, weight, targets)
     loss: Any = _LinearCrossEntropy.apply(hidden, weight, targets)  # type: ignore[no-untyped-call]
     return cast(Tensor, loss)
+
+
+def liger_cross_entropy(
+    hidden: Float[Tensor, "targets hidden"],
+    weight: Float[Tensor, "vocabulary hidden"],
+    targets: Int64[Tensor, " targets"],
+    budget: int | None = None,
+) -> Float[Tensor, ""]:
+    """The same by Liger's kernel for GPUs, with another ``chunk_mem_const`` if one is named."""
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+    budget = budget or liger_chunk(len(targets), *weight.shape).budget
+    as_usual = None, False, None, False, False, False, None, None
+    settings = None, None, IGNORED, 0.0, 0.0, "sum", *as_usual, budget
+    fused: Any = LigerFusedLinearCrossEntropyFunction.apply
+    return cast(Tensor, fused(hidden, weight, targets, *settings)[0])
 
 
 @torch.no_grad()
@@ -118,12 +170,3 @@ def _softmax_minus_target_(
     gradient.scatter_add_(1, at, gradient.new_full(at.shape, -1.0))
     logits.copy_(gradient)
     return losses
-
-
-def _liger() -> Any:
-    """Liger's function for GPUs, or None where it is not installed."""
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-    except ImportError:
-        return None
-    return LigerFusedLinearCrossEntropyFunction

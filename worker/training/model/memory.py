@@ -7,13 +7,12 @@ the three moments of a pass that can be the highest: the loss, and the backward 
 of attention in the last layer, when all that was kept is still there.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from worker.training.model.loss import chunk_rows
+from worker.training.model.loss import chunk_rows, liger_chunk
 from worker.training.model.shape import DecoderLayer, Linear, ModelShape, Norm, Reads
 from worker.training.plan import Plan
 
@@ -174,10 +173,8 @@ def _loss(shape: ModelShape, item: int, tokens: int, targets: int, *, on_gpu: bo
     vocabulary, hidden = shape.vocabulary, shape.hidden
     if shape.logits:  # those of all tokens, and in float32 those of targets with two gradients
         logits = vocabulary * (shape.logits * tokens * item + 3 * FLOAT * targets)
-    elif on_gpu:  # Liger's rule: about as many logits as there are hidden states
-        part = math.ceil(targets / math.ceil(vocabulary / hidden))
-        rows = min(targets, 1 << max(0, part - 1).bit_length())
-        logits = rows * vocabulary * item
+    elif on_gpu:
+        logits = liger_chunk(targets, vocabulary, hidden).rows * vocabulary * item
     else:
         logits = min(targets, chunk_rows(vocabulary)) * vocabulary * (item + 2 * FLOAT)
     return item * hidden * (tokens + 2 * targets) + logits

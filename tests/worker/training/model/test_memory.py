@@ -162,21 +162,21 @@ def test_noise_is_what_the_engine_allocates(memory: Any) -> None:
 
 MEASURED = [
     # config, sizes, length, rows, sigma, memory, checkpointing, quantisation, peak in GiB
-    (LlamaConfig, EIGHT_B, 4096, 2, 0.0, "streamed", False, None, 50.02),
-    (LlamaConfig, EIGHT_B, 4096, 2, 0.05, "streamed", False, None, 50.14),
-    (LlamaConfig, EIGHT_B, 2048, 1, 0.05, "resident", False, None, 37.33),
+    (LlamaConfig, EIGHT_B, 4096, 2, 0.0, "streamed", False, None, 49.99),
+    (LlamaConfig, EIGHT_B, 4096, 2, 0.05, "streamed", False, None, 50.11),
+    (LlamaConfig, EIGHT_B, 2048, 1, 0.05, "resident", False, None, 37.40),
     (LlamaConfig, EIGHT_B, 4096, 2, 0.0, "streamed", True, None, 18.94),
-    (LlamaConfig, EIGHT_B, 2048, 1, 0.05, "streamed", False, "4bit", 14.73),
-    (LlamaConfig, THREE_B, 4096, 2, 0.05, "resident", False, None, 31.25),
+    (LlamaConfig, EIGHT_B, 2048, 1, 0.05, "streamed", False, "4bit", 14.81),
+    (LlamaConfig, THREE_B, 4096, 2, 0.05, "resident", False, None, 31.24),
     (LlamaConfig, THREE_B, 4096, 2, 0.0, "streamed", True, None, 8.54),
-    (LlamaConfig, THREE_B, 1024, 1, 0.05, "streamed", False, None, 8.93),
-    (LlamaConfig, THREE_B, 2048, 2, 0.05, "streamed", False, "8bit", 13.67),
-    (LlamaConfig, ONE_B, 4096, 2, 0.0, "streamed", False, None, 12.00),
-    (LlamaConfig, ONE_B, 4096, 2, 0.05, "resident", False, None, 13.83),
-    (LlamaConfig, ONE_B, 1024, 1, 0.05, "streamed", False, None, 3.75),
+    (LlamaConfig, THREE_B, 1024, 1, 0.05, "streamed", False, None, 9.02),
+    (LlamaConfig, THREE_B, 2048, 2, 0.05, "streamed", False, "8bit", 13.72),
+    (LlamaConfig, ONE_B, 4096, 2, 0.0, "streamed", False, None, 12.01),
+    (LlamaConfig, ONE_B, 4096, 2, 0.05, "resident", False, None, 13.84),
+    (LlamaConfig, ONE_B, 1024, 1, 0.05, "streamed", False, None, 3.86),
     (LlamaConfig, ONE_B, 4096, 2, 0.0, "streamed", True, None, 3.74),
-    (Qwen3Config, FOUR_B, 4096, 2, 0.05, "resident", False, None, 45.41),
-    (Qwen3Config, FOUR_B, 4096, 4, 0.05, "streamed", True, None, 12.96),
+    (Qwen3Config, FOUR_B, 4096, 2, 0.05, "resident", False, None, 45.36),
+    (Qwen3Config, FOUR_B, 4096, 4, 0.05, "streamed", True, None, 12.95),
 ]
 """Highest allocations on an H100, rank 16 on all linear layers, every token in the loss."""
 
@@ -195,7 +195,7 @@ def test_estimates_are_near_what_a_gpu_has_shown(point: tuple[Any, ...]) -> None
         perturbation_memory=memory,
     )
     found = estimate(shape, plan, dtype=torch.bfloat16, on_gpu=True, is_perturbed=sigma > 0)
-    assert found.total / GIB == pytest.approx(peak, rel=0.03)
+    assert found.total / GIB == pytest.approx(peak, rel=0.01)
     assert not found.is_rough
 
 
