@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Iterator
 from email.utils import formatdate
 from functools import lru_cache
+from http import HTTPStatus
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import Popen
@@ -92,11 +93,7 @@ class AzureServer(_HttpServer):
                 "Authorization": f"SharedKey {ACCOUNT}:{_signature(signed)}",
             },
         )
-        try:
-            urllib.request.urlopen(request, timeout=10).close()  # noqa: S310
-        except HTTPError as error:
-            with error:
-                assert error.code == 409, error.read()  # it is there
+        _send(request)
 
     def _spawn(self) -> "Popen[bytes]":
         main = _azurite() / "node_modules" / "azurite" / "dist" / "src" / "blob" / "main.js"
@@ -133,16 +130,12 @@ class GoogleServer(_HttpServer):
     def _post(self, path: str, body: bytes) -> None:
         headers = {"Content-Type": "application/json"}
         request = urllib.request.Request(self.endpoint + path, body, headers)  # noqa: S310
-        try:
-            urllib.request.urlopen(request, timeout=10).close()  # noqa: S310
-        except HTTPError as error:
-            with error:
-                assert error.code == 409, error.read()  # it is there
+        _send(request)
 
     def _spawn(self) -> "Popen[bytes]":
         options = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(self.port)]
         options += ["-backend", "memory", "-external-url", self.endpoint]
-        options += ["-public-host", f"127.0.0.1:{self.port}"]
+        options += ["-public-host", "127.0.0.1"]  # on any port, so also behind a proxy
         return spawn([str(_fake_gcs_server()), *options], log=self.log)
 
 
@@ -178,6 +171,15 @@ def google(google_server: GoogleServer, monkeypatch: pytest.MonkeyPatch) -> Goog
     for name, value in google_server.environment.items():
         monkeypatch.setenv(name, value)
     return google_server
+
+
+def _send(request: urllib.request.Request) -> None:
+    try:
+        urllib.request.urlopen(request, timeout=10).close()  # noqa: S310
+    except HTTPError as error:
+        with error:
+            if error.code != HTTPStatus.CONFLICT:  # it is there
+                raise AssertionError(error.read()) from error
 
 
 def _signature(text: str) -> str:

@@ -21,6 +21,10 @@ class Stored:
     """Where it is one."""
     s3: S3Server | None
 
+    @property
+    def is_azure(self) -> bool:
+        return self.url.startswith("az:")
+
     def listed(self, prefix: str | None = None) -> set[str]:
         found = obstore.list(self.store.raw, prefix).collect()
         return {entry["path"] for entry in found} - {"clock"}
