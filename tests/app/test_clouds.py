@@ -57,8 +57,8 @@ class TestAzure:
             assert (part.status_code, part.content) == (206, FILES[WEIGHTS][10:20])
             signature = location.partition("?")[2]
             assert httpx2.get(f"{other.partition('?')[0]}?{signature}").status_code == 403
-            body = {"content": b"", "headers": {"x-ms-blob-type": "BlockBlob"}}
-            assert httpx2.put(location, **body).status_code == 403
+            kind = {"x-ms-blob-type": "BlockBlob"}
+            assert httpx2.put(location, content=b"", headers=kind).status_code == 403
             assert httpx2.delete(location).status_code == 403
             assert httpx2.get(location).content == FILES[WEIGHTS]
 
