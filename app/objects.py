@@ -60,7 +60,8 @@ ENDPOINTS = {  # as obstore reads them
 }
 
 MESSAGE = 600  # characters of a provider's, which may be a page
-NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound")
+# Of a deletion Azure tells no code, only the sentence.
+NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|specified container does not exist")
 OS_ERROR = re.compile(r"\bos error (\d+)\b")
 MD5 = re.compile(r'"?([0-9a-f]{32}(?:-\d+)?)"?')
 
@@ -183,7 +184,8 @@ class Objects:
 
         A folder's files may have been torn by a power cut, so they are read. Another store keeps
         what it was given, and that was checked; what it says is enough: the size, and the MD5
-        where it tells that. One that encrypts may tell another hash, and is given the file again.
+        where it tells that (Azure tells none). One that encrypts may tell another hash, and is
+        given the file again.
         """
         if entry.size != source.size:
             return False
@@ -276,7 +278,9 @@ class Objects:
             try:
                 if keys:
                     obstore.delete(self.raw, keys)
-            except FileNotFoundError:  # some stores end there
+            except FileNotFoundError as error:  # some stores end there
+                if NO_BUCKET.search(str(error)):
+                    raise
                 for key in keys:
                     with suppress(FileNotFoundError):
                         obstore.delete(self.raw, key)

@@ -28,6 +28,7 @@ POSTGRES = re.compile(r"^postgres(ql)?(\+psycopg)?://")  # as hosts of databases
 
 REMOTE_STORES = {"s3", "gs", "az"}
 STORE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+SIGNABLE = re.compile(r"az://[A-Za-z0-9._~+=/-]*")  # obstore signs paths as they are quoted
 BUCKET = re.compile(r"(?:s3|gs|az)://[A-Za-z0-9*][A-Za-z0-9._*-]*(?:/[^/]+)*/?")
 PROJECT_NAME = r"^[a-z0-9][a-z0-9_.-]{0,62}$"
 GRANT = re.compile(rf"(.+)=({PROJECT_NAME.strip('^$')}):(viewer|submitter|admin)")
@@ -218,6 +219,11 @@ class Settings(BaseSettings):
             raise ValueError(
                 "a client can be sent only to a store that signs URLs: set FLATLORA_STORE_URL to "
                 f"s3://…, gs://… or az://…; found {url or 'none, which is a local folder'!r}"
+            )
+        if downloads == "redirect" and _scheme(url) == "az" and not SIGNABLE.fullmatch(url):
+            raise ValueError(
+                "Azure refuses URLs that are signed for a prefix with other signs than letters, "
+                f"digits and ._~+=-: found {url!r}; name another, or set stream"
             )
         return downloads
 

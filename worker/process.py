@@ -38,6 +38,8 @@ TRUSTED = ("SSL_CERT_DIR", "SSL_CERT_FILE")
 PROXIES = (
     "HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY", "https_proxy", "http_proxy", "no_proxy",
 )  # fmt: skip
+# By which obstore finds the identity of a container at Azure, and an account of Google's.
+IDENTITIES = ("IDENTITY_ENDPOINT", "IDENTITY_HEADER", "SERVICE_ACCOUNT")
 HUB = (
     "HF_ENDPOINT", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "HF_TOKEN", "HF_TOKEN_PATH",
     "HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "XDG_CACHE_HOME", *PROXIES, *TRUSTED,
@@ -49,7 +51,7 @@ FETCHING: dict[Task, tuple[str, ...]] = {
     "download": HUB,
     "hub": HUB,
     "web": TRUSTED,  # no proxy: that would connect to addresses which nobody has checked
-    "bucket": (*PROXIES, *TRUSTED),
+    "bucket": (*IDENTITIES, *PROXIES, *TRUSTED),
 }
 """What a task gets that fetches something."""
 CLOUDS = ("AWS_", "AZURE_", "GOOGLE_")

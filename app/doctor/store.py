@@ -12,8 +12,9 @@ from app.storage import ArtifactStore, open_store
 
 EXPECTED = "a store that can be written and read"
 MEND = (
-    "Check FLATLORA_STORE_URL (the bucket must be there), the endpoint (AWS_ENDPOINT_URL), the "
-    "region, and the keys' right to get, put, list and delete."
+    "Check FLATLORA_STORE_URL (the bucket must be there), the endpoint (AWS_ENDPOINT_URL, "
+    "AZURE_STORAGE_ENDPOINT, GOOGLE_BASE_URL), the region, and the keys' right to get, put, list "
+    "and delete."
 )
 
 

@@ -11,6 +11,7 @@ from app.settings import Settings
 from tests.app.house import house as house
 from tests.app.house import used as used
 from tests.app.service import Service
+from tests.app.stored import azure_stored as azure_stored
 from tests.app.stored import local_stored as local_stored
 from tests.app.stored import s3_stored as s3_stored
 from tests.app.stored import stored as stored

@@ -73,6 +73,12 @@ class TestUrl:
         digest = open_store(settings).put_file(tmp_path / "file")
         assert (tmp_path / folder / "blobs" / digest[:2] / digest).read_bytes() == b"{}"
 
+    @pytest.mark.parametrize("prefix", ["my runs", "my%20runs", "ü", "a&b"])
+    def test_no_client_is_sent_where_azure_refuses_what_is_signed(self, prefix: str) -> None:
+        with pytest.raises(ValidationError, match="Azure refuses URLs"):
+            Settings(store_url=f"az://rows/{prefix}", downloads="redirect")
+        Settings(store_url=f"az://rows/{prefix}")
+
     def test_the_prefix_is_kept_to(self, s3_stored: Stored, s3_url: str) -> None:
         s3_stored.store.put_manifest("job_1", {})
         above = open_store(Settings(store_url=s3_url.rpartition("/")[0]))

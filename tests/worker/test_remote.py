@@ -24,6 +24,7 @@ from tests.app.net.conftest import forbidden as forbidden
 from tests.app.net.conftest import site as site
 from tests.app.net.world import NETWORK, PUBLIC, Forbidden, Site, give, redirect
 from tests.app.service import Service
+from tests.emulators import GoogleServer
 from tests.system.service import processes, until
 from tests.worker.hub import COMMITS, Hub, small_hub
 from tests.worker.ordering import ROWS
@@ -37,6 +38,7 @@ Json = dict[str, Any]
 SECRETS = {
     "HF_TOKEN": "hf_token", "AWS_SECRET_ACCESS_KEY": "aws", "AZURE_STORAGE_KEY": "azure",
     "FLATLORA_DATABASE_URL": "postgresql://u:p@h/d", "FLATLORA_API_KEY": "flk_1",
+    "IDENTITY_HEADER": "identity",
 }  # fmt: skip
 
 
@@ -50,7 +52,7 @@ def settings(
         "dataset_roots": [tmp_path / "rows"], "model_roots": [tmp_path / "models"],
         "trainer_module": "tests.worker.scripted_trainer", "retry_seconds": 0,
         "allowed_networks": NETWORK, "allowed_ports": [site.port, forbidden.port],
-        "dataset_buckets": "s3://flatlora", "heartbeat_seconds": 1,
+        "dataset_buckets": "s3://flatlora,az://flatlora,gs://flatlora", "heartbeat_seconds": 1,
     })  # fmt: skip
 
 
@@ -113,6 +115,22 @@ class TestFetched:
         attempt(service)
         assert service.get(f"/jobs/{job_id}")["failure"]["message"] == "enough"
         assert read_job(folder).dataset.filename == "from-a-bucket.jsonl"
+
+    @pytest.mark.torture
+    def test_from_a_container_of_azure(self, service: Service, azure_url: str) -> None:
+        obstore.put(connect("az://flatlora"), "from-a-container.jsonl", ROWS)
+        job_id, folder = submitted(service, "az://flatlora/from-a-container.jsonl")
+        attempt(service)
+        assert service.get(f"/jobs/{job_id}")["failure"]["message"] == "enough"
+        assert read_job(folder).dataset.filename == "from-a-container.jsonl"
+
+    @pytest.mark.torture
+    def test_from_a_bucket_of_google(self, service: Service, google: GoogleServer) -> None:
+        google.put("from-google.jsonl", ROWS)
+        job_id, folder = submitted(service, "gs://flatlora/from-google.jsonl")
+        attempt(service)
+        assert service.get(f"/jobs/{job_id}")["failure"]["message"] == "enough"
+        assert read_job(folder).dataset.filename == "from-google.jsonl"
 
     def test_from_the_hub(
         self, service: Service, hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -223,7 +241,7 @@ def test_each_process_has_only_the_secrets_of_its_task(monkeypatch: pytest.Monke
     assert known & _environment("web").keys() == set()
     assert known & _environment("train").keys() == set()
     assert known & _environment("hub").keys() == {"HF_TOKEN", "HTTPS_PROXY"}
-    clouds = {"AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_KEY", "HTTPS_PROXY"}
+    clouds = {"AWS_SECRET_ACCESS_KEY", "AZURE_STORAGE_KEY", "HTTPS_PROXY", "IDENTITY_HEADER"}
     assert known & _environment("bucket").keys() == clouds
 
 
