@@ -7,7 +7,7 @@ fuzzer makes up ids that nobody has, and hears 404.
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,6 @@ from tests.waiting import until
 Json = dict[str, Any]
 KEY = "flk_operator_of_the_fuzzed_service"
 BYTES = b'{"prompt": "1", "completion": "2"}\n'
-PART = "ab" * 32
-"""The name of an upload that is under way."""
 LONG = 600
 """Steps of a job that still runs when the fuzz begins: half a minute. Then come those that wait."""
 DELETED = 4
@@ -97,8 +95,8 @@ class Stock:
         self._fill_others()
         self._reach(paused, cancelled, running)
         for job_id in finished:
-            self._wait(job_id, lambda job: job["status"] == "succeeded")
-        self._wait(failed, lambda job: job["status"] == "failed")
+            self._become(job_id, "succeeded")
+        self._become(failed, "failed")
         *kept, deleted, forgotten = finished
         self.ids |= {
             "jobs": [*kept, failed, paused, cancelled, running, *queued],
@@ -122,14 +120,13 @@ class Stock:
 
     def _reach(self, paused: str, cancelled: str, running: str) -> None:
         """The states that are asked for while a job runs."""
-        for job_id, wish, status in (
-            (paused, "pause", "paused"),
-            (cancelled, "cancel", "cancelled"),
-        ):
-            self._wait(job_id, lambda job: job["step"] >= 3)
-            self._ask(f"/jobs/{job_id}/{wish}")
-            self._wait(job_id, lambda job, status=status: job["status"] == status)
-        self._wait(running, lambda job: job["step"] >= 3)
+        self._train(paused)
+        self._ask(f"/jobs/{paused}/pause")
+        self._become(paused, "paused")
+        self._train(cancelled)
+        self._ask(f"/jobs/{cancelled}/cancel")
+        self._become(cancelled, "cancelled")
+        self._train(running)
 
     def _job(self, steps: int = 6, **more: Any) -> str:
         body = {
@@ -146,17 +143,15 @@ class Stock:
     def _fill_others(self) -> None:
         made = [self._dataset(rows) for rows in range(1, 3 + DELETED)]
         kept, spent = made[:2], made[2:]
-        answer = self._http.put(
-            f"/datasets/uploads/{PART}", params={"filename": "part.jsonl", "size": 100}
-        )
-        assert answer.is_success, answer.text
+        uploads = [self._upload(f"{number:064x}") for number in range(2 * DELETED)]
         self.ids |= {
             "datasets": kept,
             "spent datasets": spent[::2],
             "files": [dataset.replace("ds_", "file-") for dataset in kept],
             "spent files": [dataset.replace("ds_", "file-") for dataset in spent[1::2]],
             "keys": [self._ask("/keys", json={"name": str(n)})["id"] for n in range(DELETED)],
-            "uploads": [PART],
+            "uploads": uploads[:DELETED],
+            "spent uploads": uploads[DELETED:],
             "models": [f"file:{EXAMPLES / 'tiny-base'}"],
             "hooks": [self._hook],
         }
@@ -166,15 +161,28 @@ class Stock:
         path = f"/datasets?filename={rows}.jsonl"
         return str(self._ask(path, content=BYTES * rows, headers=headers)["id"])
 
+    def _upload(self, sha256: str) -> str:
+        """Begun, with nothing sent yet."""
+        answer = self._http.put(f"/datasets/uploads/{sha256}?filename=part.jsonl&size=1000")
+        assert answer.is_success, answer.text
+        return sha256
+
     def _names(self, job_id: str) -> list[str]:
         return [file["name"] for file in self._get(f"/jobs/{job_id}")["adapter"]["files"]]
 
     def _deliveries(self, job_id: str) -> list[str]:
-        items = self._get(f"/jobs/{job_id}/deliveries")["items"]
-        return [delivery["id"] for delivery in items]
+        def delivered() -> list[str]:
+            items = self._get(f"/jobs/{job_id}/deliveries")["items"]
+            return [item["id"] for item in items if item["state"] == "delivered"]
 
-    def _wait(self, job_id: str, seen: Callable[[Json], bool]) -> None:
-        until(lambda: seen(self._get(f"/jobs/{job_id}")), every=0.02)
+        return until(delivered)
+
+    def _train(self, job_id: str) -> None:
+        """Wait until it has a checkpoint."""
+        until(lambda: self._get(f"/jobs/{job_id}")["step"] >= 3, every=0.02)
+
+    def _become(self, job_id: str, status: str) -> None:
+        until(lambda: self._get(f"/jobs/{job_id}")["status"] == status, every=0.02)
 
     def _get(self, path: str) -> Json:
         answer = self._http.get(path)
