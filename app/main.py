@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypedDict
 
 from fastapi import APIRouter, Depends, FastAPI
 
-from app import __version__, health, metrics
+from app import __version__, health, metrics, pages
 from app.access import endpoints as keys
 from app.access.authenticator import Authenticator
 from app.access.dependencies import require_access
@@ -161,6 +161,7 @@ def create_app(settings: Settings) -> FastAPI:
         version=__version__,
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,  # app/pages.py
         redoc_url=None,
         telemetry=telemetry(),
         generate_unique_id_function=lambda route: route.name,
@@ -169,6 +170,7 @@ def create_app(settings: Settings) -> FastAPI:
     install_error_handlers(app)
     app.include_router(health.router)
     app.include_router(metrics.router)
+    app.include_router(pages.router)
     for routes in (
         jobs, records, adapters, adapter_list, datasets, uploads, models, workers, webhooks, keys,
         audit, quotas,

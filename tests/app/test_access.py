@@ -35,7 +35,13 @@ class TestKey:
                 assert response.headers["www-authenticate"] == "Bearer"
         assert "/jobs/{job_id}/adapter" in paths
 
-    @pytest.mark.parametrize("path", ["/docs", "/openapi.json", "/healthz", "/readyz", "/version"])
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "/docs", "/docs/assets/swagger-ui.css", "/openapi.json", "/healthz", "/readyz",
+            "/version",
+        ],
+    )  # fmt: skip
     def test_the_service_pages_are_open(self, service: Service, path: str) -> None:
         assert service.http.get(path).status_code == 200
 

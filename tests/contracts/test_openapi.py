@@ -157,3 +157,11 @@ def test_the_example_of_a_job_is_one(openapi: Json) -> None:
 
     for example in openapi["components"]["schemas"]["JobCreate"]["examples"]:
         JobCreate.model_validate(example)
+
+
+def test_every_media_type_of_an_adapters_files_is_told(openapi: Json) -> None:
+    from app.adapters.endpoints import MEDIA_TYPES
+
+    answers = openapi["paths"]["/jobs/{job_id}/adapter/{file}"]["get"]["responses"]
+    for status in ("200", "206"):
+        assert answers[status]["content"].keys() >= {*MEDIA_TYPES.values()}
