@@ -38,12 +38,6 @@ READ_HERE = {"application/json", "multipart/form-data"}
 OF_ERRORS = {
     "401": "WWW-Authenticate", "416": "Content-Range", "429": "Retry-After", "503": "Retry-After",
 }  # fmt: skip
-DOWNLOADS = {
-    "get_adapter": ("application/x-tar",),
-    "get_adapter_file": ("application/json", "text/markdown", "text/plain"),
-    "get_file_content": ("text/csv",),
-}
-"""What these send beside ``application/octet-stream``; of no schema, as a range is a fragment."""
 EVERYWHERE = ("X-Request-ID",)
 COUNTED = ("RateLimit", "RateLimit-Policy")
 """Of what is answered well, and of 429. Other errors may have them too."""
@@ -68,7 +62,6 @@ def _complete(document: Json) -> None:
     for path, item in document["paths"].items():
         for method, operation in item.items():
             _add_errors(operation, method, is_openai=path.startswith(f"{PREFIX}/"))
-            _add_media_types(operation)
             _add_headers(operation)
 
 
@@ -107,12 +100,6 @@ def _errors(operation: Json, method: str) -> Iterable[type[ServiceError]]:
 def _content(is_openai: bool) -> Json:
     name, media_type = ("ErrorAnswer", "application/json") if is_openai else ("Problem", MEDIA_TYPE)
     return {media_type: {"schema": {"$ref": f"#/components/schemas/{name}"}}}
-
-
-def _add_media_types(operation: Json) -> None:
-    for media_type in DOWNLOADS.get(operation["operationId"], ()):
-        for status in ("200", "206"):
-            operation["responses"][status]["content"][media_type] = {}
 
 
 def _add_headers(operation: Json) -> None:

@@ -19,18 +19,25 @@ from app.problems import Responses
 
 BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 WHOLE = told("ETag", "Accept-Ranges", "Cache-Control", "Content-Disposition")
-DOWNLOAD: Responses = {
-    200: {"description": "The bytes.", "content": BYTES, "headers": WHOLE},
-    206: {
-        "description": "The range that was asked for.",
-        "content": BYTES,
-        "headers": WHOLE | told("Content-Range"),
-    },
-    304: {
-        "description": "The client has it: If-None-Match names its ETag.",
-        "headers": told("ETag", "Cache-Control"),
-    },
-}
+
+
+def download(*media_types: str) -> Responses:
+    """What a route answers that sends these types too, of no schema: a range is a part."""
+    content = BYTES | {media_type: {} for media_type in media_types}
+    return {
+        200: {"description": "The bytes.", "content": content, "headers": WHOLE},
+        206: {
+            "description": "The range that was asked for.",
+            "content": content,
+            "headers": WHOLE | told("Content-Range"),
+        },
+        304: {
+            "description": "The client has it: If-None-Match names its ETag.",
+            "headers": told("ETag", "Cache-Control"),
+        },
+    }
+
+
 ASKED = {"parameters": sent("Range", "If-Range", "If-None-Match")}
 REDIRECT: Responses = {
     307: {

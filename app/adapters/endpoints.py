@@ -7,7 +7,7 @@ from fastapi.responses import Response
 
 from app.adapters.archive import archive
 from app.adapters.content import Blob, Content
-from app.adapters.download import ASKED, DOWNLOAD, REDIRECT, answer
+from app.adapters.download import ASKED, REDIRECT, answer, download
 from app.errors import (
     AdapterNotReady,
     FileNotInAdapter,
@@ -48,7 +48,7 @@ FinishedAdapter = Annotated[Adapter, Depends(finished_adapter)]
 @router.get(
     "/{job_id}/adapter",
     response_class=Response,
-    responses=DOWNLOAD
+    responses=download("application/x-tar")
     | problems(
         Unauthenticated, JobNotFound, AdapterNotReady, RangeNotSatisfiable, StoreUnavailable
     ),
@@ -64,7 +64,7 @@ async def get_adapter(job_id: str, adapter: FinishedAdapter, request: Request) -
 @router.get(
     "/{job_id}/adapter/{file}",
     response_class=Response,
-    responses=DOWNLOAD
+    responses=download(*MEDIA_TYPES.values())
     | REDIRECT
     | problems(
         Unauthenticated,

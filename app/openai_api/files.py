@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from starlette.datastructures import FormData, UploadFile
 
 from app.adapters.content import Blob, Content
-from app.adapters.download import ASKED, DOWNLOAD, REDIRECT, answer
+from app.adapters.download import ASKED, REDIRECT, answer, download
 from app.datasets.endpoints import BINARY, FAULTS, UploadQuery, received
 from app.datasets.schemas import Dataset
 from app.datasets.service import DatasetService
@@ -175,7 +175,7 @@ async def delete_file(file_id: str, session: WriteSession, request: Request) -> 
 @router.get(
     "/{file_id}/content",
     response_class=Response,
-    responses=DOWNLOAD
+    responses=download("text/csv")
     | REDIRECT
     | refusals(Unauthenticated, FileNotFound, RangeNotSatisfiable, StoreUnavailable),
     openapi_extra=ASKED,
