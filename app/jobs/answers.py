@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
+from app.jobs.event_types import EVENT_TYPES
 from app.jobs.figures import Figures, Lenient, Progress, Result
 from app.jobs.report import PreflightReport
 from app.jobs.schemas import JobCreate
@@ -86,9 +87,12 @@ class JobPage(BaseModel):
 class Event(BaseModel):
     seq: int
     at: datetime
-    type: str
-    message: str
-    data: dict[str, Any]
+    type: str = Field(
+        description="One of these, or one of a later version.",
+        json_schema_extra={"x-extensible-enum": [*EVENT_TYPES]},
+    )
+    message: str = Field(description="For a person.")
+    data: dict[str, Any] = Field(description="For a program; which names, goes by the type.")
 
 
 class EventPage(BaseModel):
