@@ -96,7 +96,7 @@ class TestTokens:
         self, service: Service, issuer: Issuer
     ) -> None:
         assert get(service, issuer.sign("k1")).status_code == 200  # the issuer's keys are known
-        token = issuer.sign("k1", exp=int(time.time()) - 26)
+        token = issuer.sign("k1", exp=int(time.time()) - 27)
         assert get(service, token).status_code == 200
         deadline = time.monotonic() + 10
         while get(service, token).status_code == 200:
