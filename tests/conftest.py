@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from subprocess import SubprocessError
 
 import psycopg
 import pytest
@@ -20,6 +21,7 @@ from tests.emulators import google as google
 from tests.emulators import google_server as google_server
 from tests.s3 import s3_server as s3_server
 from tests.s3 import s3_url as s3_url
+from tests.waiting import until
 
 # Several processes train at a time, and models are tiny: threads would only wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -47,11 +49,19 @@ def postgres_server() -> Iterator[str]:
 
     Not in pytest's folder: another session of root's takes that away from the server's user.
     """
-    with (
-        tempfile.TemporaryDirectory(prefix="flatlora-pg-") as folder,
-        get_server(Path(folder)) as server,
-    ):
-        yield server.get_uri()
+    with tempfile.TemporaryDirectory(prefix="flatlora-pg-") as folder:
+        server = get_server(Path(folder), start=False)
+
+        def has_started() -> bool:
+            try:
+                server.start()
+            except (SubprocessError, AssertionError):  # not in its ten seconds: on its way
+                return False
+            return True
+
+        until(has_started, seconds=90, every=1)
+        with server:
+            yield server.get_uri()
 
 
 @pytest.fixture

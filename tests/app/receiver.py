@@ -10,6 +10,8 @@ from typing import Any
 
 from standardwebhooks import Webhook
 
+from tests.faults.procs import reserve_port
+
 
 @dataclass(frozen=True)
 class Message:
@@ -92,13 +94,14 @@ def receiving(host: str = "127.0.0.1") -> Iterator[Receiver]:
         def handle_error(self, *_: Any) -> None:
             """Clients go away as they like."""
 
-    server = Server((host, 0), Handler)
-    receiver = Receiver(server.server_port, host)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    try:
-        yield receiver
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with reserve_port() as reserved:  # on 127.0.0.1 too, as a site's
+        server = Server((host, reserved.getsockname()[1]), Handler)
+        receiver = Receiver(server.server_port, host)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield receiver
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from app.jobs.states import Reason, Status
 from app.settings import Settings
 from flatlora_client import is_loopback
 from tests.app.service import Service, make_model, running
+from tests.faults.procs import reserve_port
 
 FLATLORA = [sys.executable, "-m", "app.cli.main"]
 ODD_NAMES = ["[/]", "[bold]b[/] [red]", "back\\[/]", "\\", "[link=file:/x]"]
@@ -64,10 +64,11 @@ def flatlora(settings: Settings) -> Iterator[CommandLine]:
         service.engine.dispose()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
+@pytest.fixture
+def free_port() -> Iterator[int]:
+    """On which nobody listens but who is told of it."""
+    with reserve_port() as reserved:
+        yield reserved.getsockname()[1]
 
 
 def line_with(words: str, stream: IO[str] | None) -> str:
@@ -146,8 +147,8 @@ class TestJson:
             assert done.returncode == 1
             assert json.loads(done.stdout)["error"]["status"] in {404, 422}
 
-    def test_no_service_is_an_error_too(self) -> None:
-        done = run("jobs", "list", "--json", FLATLORA_URL=f"http://127.0.0.1:{free_port()}")
+    def test_no_service_is_an_error_too(self, free_port: int) -> None:
+        done = run("jobs", "list", "--json", FLATLORA_URL=f"http://127.0.0.1:{free_port}")
         assert done.returncode == 4
         assert json.loads(done.stdout)["error"]["code"] == "unreachable"
 
@@ -189,9 +190,10 @@ class TestWatch:
         assert (said, f"flatlora jobs watch {job_id}" in told) == ("", True)
         assert flatlora.service.get(f"/jobs/{job_id}")["status"] == "queued"
 
-    def test_a_service_that_comes_back_is_waited_for(self, settings: Settings) -> None:
-        port = free_port()
-        with running(settings, port) as url, httpx2.Client(base_url=url, timeout=30) as http:
+    def test_a_service_that_comes_back_is_waited_for(
+        self, settings: Settings, free_port: int
+    ) -> None:
+        with running(settings, free_port) as url, httpx2.Client(base_url=url, timeout=30) as http:
             service = Service(http, settings)
             job_id = service.submit()["id"]
             watching = CommandLine(service, url).start("jobs", "watch", job_id)
@@ -199,17 +201,17 @@ class TestWatch:
         line_with("trying again for 60 s", watching.stderr)
         service.set(job_id, status=Status.CANCELLED)
         service.engine.dispose()
-        with running(settings, port):
+        with running(settings, free_port):
             said, _ = watching.communicate(timeout=60)
         assert watching.returncode == 3
         assert said == f"cancelled {job_id}\n"
 
     def test_one_that_stays_away_or_ill_ends_it_with_4(
-        self, flatlora: CommandLine, capsys: pytest.CaptureFixture[str]
+        self, flatlora: CommandLine, free_port: int, capsys: pytest.CaptureFixture[str]
     ) -> None:
         with flatlora.service.engine.begin() as connection:
             connection.execute(text("ALTER TABLE jobs RENAME TO hidden"))
-        away = f"http://127.0.0.1:{free_port()}"
+        away = f"http://127.0.0.1:{free_port}"
         for url, words in [(flatlora.url, "HTTP 503"), (away, "refused")]:
             with (
                 connect(Profile(url, None)) as client,
@@ -274,8 +276,8 @@ class TestProfile:
 
 
 class TestProxy:
-    def test_none_is_asked_for_this_machine(self, flatlora: CommandLine) -> None:
-        proxy = f"http://127.0.0.1:{free_port()}"
+    def test_none_is_asked_for_this_machine(self, flatlora: CommandLine, free_port: int) -> None:
+        proxy = f"http://127.0.0.1:{free_port}"
         done = flatlora("jobs", "list", HTTP_PROXY=proxy, http_proxy=proxy, ALL_PROXY=proxy)
         assert done.returncode == 0, done.stderr
 

@@ -12,6 +12,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from app import __version__
+from app.cli import watch
 from app.cli.main import cli
 from tests.client.conftest import peer as peer
 from tests.client.conftest import served as served
@@ -149,9 +150,10 @@ class TestJobs:
         assert last.split() == ["msg_1", "job.succeeded", "failed", "2", "410"]
 
     def test_what_happens_is_told_while_it_is_watched(
-        self, peer: Peer, flatlora: Run, job: Json
+        self, peer: Peer, flatlora: Run, job: Json, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """From when one looks: what was before is in its events."""
+        monkeypatch.setattr(watch, "LAST_EVENTS_SECONDS", 30)
         peer.add_event("job.checkpoint")
 
         def finish() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -238,11 +239,11 @@ class TestStream:
             for message in told:
                 if message.get("event") == "progress":
                     heard.append((time.monotonic(), message))
-                    if len(heard) == 3:
+                    if len(heard) == 5:
                         over.set()
         times = [at for at, _ in heard]
-        assert times[2] - times[0] > 1.5
-        steps = [message["data"]["step"] for _, message in heard[:3]]
+        assert times[4] - times[0] > 2.5  # four, if the first is not read late
+        steps = [message["data"]["step"] for _, message in heard[:5]]
         assert steps == sorted(set(steps))
         for _, message in heard:
             assert "id" not in message
@@ -327,6 +328,7 @@ def test_a_server_that_is_told_to_stop_does_not_wait_for_those_who_follow(
     service = Live(httpx2.Client(), settings)
     with running(settings) as url, httpx2.Client(base_url=url, timeout=60) as http:
         job_id = http.post("/jobs", json=service.body).json()["id"]
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
         heard = threading.Event()
 
         def follow() -> int:
@@ -337,12 +339,15 @@ def test_a_server_that_is_told_to_stop_does_not_wait_for_those_who_follow(
                 heard.set()
                 return len(list(told))
 
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(1) as pool, socket.create_connection(address) as polling:
+            # Before the stream is opened: it is with the server when that has begun.
+            poll = f"GET /jobs/{job_id}?wait=60 HTTP/1.1\r\nHost: localhost\r\n\r\n"
+            polling.sendall(poll.encode())
             streaming = pool.submit(follow)
-            polling = pool.submit(http.get, f"/jobs/{job_id}?wait=60")
-            assert heard.wait(30)
+            assert heard.wait(60)
             (server,) = [p for p in descendants(os.getpid()) if "app.main:make_app" in p.command]
             os.kill(server.pid, signal.SIGTERM)
-            assert streaming.result(8) == 0
-            assert polling.result(8).status_code == 200
+            assert streaming.result(20) == 0
+            polling.settimeout(20)
+            assert polling.recv(4096).startswith(b"HTTP/1.1 200")
     service.http.close()

@@ -139,7 +139,7 @@ class TestLife:
         revoked = ok(service.http.delete(path, headers=operator(service)), 200)
         started = time.monotonic()
         until(lambda: service.http.get("/jobs", headers=headers).status_code == 401, every=0.2)
-        assert time.monotonic() - started < 5.5
+        assert time.monotonic() - started < 9
         again = ok(service.http.delete(path, headers=operator(service)), 200)
         assert again["revoked_at"] == revoked["revoked_at"]
 
@@ -147,12 +147,12 @@ class TestLife:
         self, any_service: Service
     ) -> None:
         made = make_key(any_service, expires_in_days=1)
-        change_key(any_service, made["id"], expires_at=now(1))
+        change_key(any_service, made["id"], expires_at=now(2))
         headers = bearer(made["key"])
         assert any_service.http.get("/jobs", headers=headers).status_code == 200
         started = time.monotonic()
         until(lambda: any_service.http.get("/jobs", headers=headers).status_code == 401, every=0.02)
-        assert time.monotonic() - started < 1.5
+        assert time.monotonic() - started < 4.5  # less than a key is believed for
 
     def test_its_last_use_is_noted_to_the_minute(self, any_service: Service) -> None:
         made = make_key(any_service)

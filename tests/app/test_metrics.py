@@ -191,7 +191,7 @@ class TestBroker:
         )
         started = time.monotonic()
         assert asyncio.run(BrokerHealth(url).state()) == "unreachable"
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 5
         for service in serve(settings):
             assert service.get("/readyz") == {"status": "ok", "broker": "unreachable"}
             assert scrape(service)("flatlora_broker_up") == 0
@@ -217,11 +217,11 @@ class TestDatabase:
                 found = Scrape(http.get("/metrics").text)
                 waited = time.monotonic() - started
                 assert found("flatlora_database_up") == 0
-                assert waited < 3
+                assert waited < 5
                 # And not again by each who asks.
                 started = time.monotonic()
                 http.get("/metrics")
-                assert time.monotonic() - started < 1
+                assert time.monotonic() - started < 1.8
 
     def test_one_without_tables_is_no_reason_to_fail(self, service: Service) -> None:
         with service.engine.begin() as connection:

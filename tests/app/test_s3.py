@@ -44,6 +44,10 @@ def refuses(request: Callable[[], httpx2.Response]) -> bool:
     return request().status_code == 403
 
 
+def gives(request: Callable[[], httpx2.Response], content: bytes) -> bool:
+    return request().content == content
+
+
 class TestUrl:
     @pytest.mark.parametrize("url", [
         "s3:bucket", "s3://", "s3:///prefix", "s3://bucket?region=x", "s3://key:secret@bucket",
@@ -169,11 +173,11 @@ class TestRedirect:
     def test_the_address_is_good_for_the_time_that_is_set(
         self, tmp_path: Path, migrated_sqlite_url: str, s3_url: str
     ) -> None:
-        values = {"store_url": s3_url, "downloads": "redirect", "presign_seconds": 2}
+        values = {"store_url": s3_url, "downloads": "redirect", "presign_seconds": 4}
         for service in serve(make_settings(tmp_path, migrated_sqlite_url, **values)):
             read = partial(httpx2.get, self.locate(service))
             assert read().status_code == 200
-            until(partial(refuses, read), seconds=10)
+            until(partial(refuses, read), seconds=20)
             assert "expired" in read().text
 
     def test_it_is_good_for_that_file_alone_and_cannot_be_prolonged(self, service: Service) -> None:
@@ -271,7 +275,8 @@ class TestOutage:
                 proxy.stall()
                 assert ok(service.http.get(path), 503)["code"] == "store_unavailable"
                 proxy.pass_through()
-                assert service.http.get(path).content == FILES[WEIGHTS]
+                read = partial(service.http.get, path)
+                until(partial(gives, read, FILES[WEIGHTS]))
 
     def test_a_bucket_that_is_not_there_is_an_outage_and_not_an_empty_store(
         self, own_server: S3Server, tmp_path: Path

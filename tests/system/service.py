@@ -2,15 +2,16 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx2
 
+from tests.faults.procs import reserve_port
 from tests.waiting import until as until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,9 +56,9 @@ class Service:
         self.folder = folder
         self.data_dir = folder / "data"
         self.log = folder / "service.log"
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port: int = probe.getsockname()[1]
+        reserved = reserve_port()  # also while it does not run
+        weakref.finalize(self, reserved.close)
+        self.port: int = reserved.getsockname()[1]
         self.environment = {
             **{
                 name: value
@@ -81,7 +82,7 @@ class Service:
                 env=self.environment,
                 cwd=self.folder,
             )
-        until(self._is_ready, seconds=30)
+        until(self._is_ready, seconds=90)
 
     def _is_ready(self) -> bool:
         assert self.up is not None

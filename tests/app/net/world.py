@@ -21,6 +21,8 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
+from tests.faults.procs import reserve_port
+
 PUBLIC = "127.0.0.2"
 NAME = "rows.test"
 NETWORK = f"{PUBLIC}/32"
@@ -127,23 +129,26 @@ def serving(certificate: Path | None = None, host: str = PUBLIC) -> Iterator[Sit
         def handle_error(self, *_: Any) -> None:
             """Clients go away as they like."""
 
-    server = Server((host, 0), Handler)
-    if certificate:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(certificate)
-        # The handshake is not made by the thread that accepts: one silent client would stop all.
-        server.socket = context.wrap_socket(
-            server.socket, server_side=True, do_handshake_on_connect=False
-        )
-    site = Site(server.server_port, "https" if certificate else "http")
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    try:
-        yield site
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    # Ours on 127.0.0.1 too, where ``listening`` may take it as long as this lasts.
+    with reserve_port() as reserved:
+        server = Server((host, reserved.getsockname()[1]), Handler)
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            # The handshake is not made by the thread that accepts: one silent client would stop
+            # all.
+            server.socket = context.wrap_socket(
+                server.socket, server_side=True, do_handshake_on_connect=False
+            )
+        site = Site(server.server_port, "https" if certificate else "http")
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield site
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
 
 
 def missing(handler: BaseHTTPRequestHandler) -> None:
