@@ -49,5 +49,7 @@ EVENT_TYPES = {
     "job.cancelling": EventType("Somebody has cancelled it: it stops at the next step."),
     "job.cancelled": EventType("It was cancelled. This is its last event."),
     "job.failed": EventType("It failed; `failure` says why. This is its last event.", ("reason",)),
-    "job.succeeded": EventType("The adapter is ready. This is its last event."),
+    "job.succeeded": EventType(
+        "The adapter is ready, or the dry run has ended. This is its last event."
+    ),
 }
