@@ -8,7 +8,7 @@ import base64
 import hashlib
 import re
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, HTTPException, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.staticfiles import StaticFiles
 from starlette.responses import HTMLResponse
@@ -21,6 +21,8 @@ SCRIPT = re.compile(r"<script>(.*?)</script>", re.S)
 PARAMETERS = {"validatorUrl": None}
 """Else the document is shown to a server of Swagger's."""
 FILES = StaticFiles(packages=[("fastapi_offline", "static")])
+USED = {"swagger-ui-bundle.js", "swagger-ui.css", "favicon.png"}
+"""Of those files: what else is there stays unserved, as scripts of this origin may run."""
 ALL = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
 
 
@@ -43,6 +45,8 @@ async def page(request: Request) -> HTMLResponse:
 @router.head(f"{ASSETS}/{{file}}")
 @router.get(f"{ASSETS}/{{file}}")
 async def asset(file: str, request: Request) -> Response:
+    if file not in USED:
+        raise HTTPException(404)
     answer = await FILES.get_response(file, request.scope)
     # Its name stays when its content changes: kept, and asked for by its ETag.
     answer.headers.update(ALL | {"Cache-Control": "no-cache"})

@@ -17,7 +17,7 @@ from functools import lru_cache
 from http import HTTPStatus
 from pathlib import Path
 from subprocess import Popen
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.parse import quote
 
 import pytest
@@ -49,7 +49,7 @@ class _HttpServer(Server):
             urllib.request.urlopen(self.endpoint, timeout=10)  # noqa: S310
         except HTTPError as error:
             error.close()
-        except URLError:
+        except OSError:
             return False
         return True
 

@@ -1,4 +1,4 @@
-"""What may happen to a job: the types of its events, and what each has under ``data``.
+"""What may happen to a job: the types of its events, and what each may have under ``data``.
 
 The document of the API names them, and a page of the guide. A worker of a newer version may tell
 of more, so a client skips what it does not know.
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class EventType(NamedTuple):
-    """``data``: names that it has, where it has any."""
+    """``data``: names that it may have."""
 
     meaning: str
     data: tuple[str, ...] = ()
@@ -25,7 +25,7 @@ EVENT_TYPES = {
     "job.planned": EventType(
         "How each step is computed was tried on the GPU.", ("plan", "peak_bytes")
     ),
-    "job.replanned": EventType("Memory did not suffice; steps are computed in smaller passes."),
+    "job.replanned": EventType("Memory did not suffice: another plan needs less."),
     "job.resumed": EventType(
         "It goes on: somebody has resumed it, or an attempt begins at a checkpoint's step.",
         ("step",),

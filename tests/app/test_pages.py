@@ -124,7 +124,9 @@ def test_what_a_browser_has_it_need_not_load_again(service: Service) -> None:
     assert again.headers["cache-control"] == first.headers["cache-control"] == "no-cache"
 
 
-@pytest.mark.parametrize("name", ["nothing.js", ".", "%2e%2e", "..%2fcore.py", "core.py%00.css"])
+@pytest.mark.parametrize(
+    "name", ["redoc.standalone.js", "nothing.js", ".", "%2e%2e", "..%2fcore.py", "core.py%00.css"]
+)
 def test_nothing_but_the_assets_is_found_there(service: Service, name: str) -> None:
     assert ok(service.http.get(f"/docs/assets/{name}"), 404)["code"] == "not_found"
 

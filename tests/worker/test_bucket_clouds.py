@@ -112,16 +112,17 @@ def test_without_a_key_azure_refuses_too(
 
 
 @pytest.mark.parametrize(
-    ("uri", "variable"),
+    ("uri", "variable", "server"),
     [
-        ("az://flatlora/a.jsonl", "AZURE_STORAGE_ACCOUNT_KEY"),
-        ("gs://flatlora/a.jsonl", "GOOGLE_SERVICE_ACCOUNT_KEY"),
+        ("az://flatlora/a.jsonl", "AZURE_STORAGE_ACCOUNT_KEY", "azure_url"),
+        ("gs://flatlora/a.jsonl", "GOOGLE_SERVICE_ACCOUNT_KEY", "google"),
     ],
 )
 def test_a_key_that_is_none_is_told_and_not_shown(
-    uri: str, variable: str, azure_url: str, google: GoogleServer, tmp_path: Path,
+    uri: str, variable: str, server: str, request: pytest.FixtureRequest, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
+    request.getfixturevalue(server)
     monkeypatch.setenv(variable, "{ca-na-ry")
     told = why(uri, tmp_path)
     assert f"cannot fetch {uri}" in told
