@@ -11,6 +11,7 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from app.jobs.event_types import EVENT_TYPES
 from worker.training.config import (
     BaseModel,
     Data,
@@ -160,6 +161,7 @@ class Recorder:
         self.evaluations.append((step, metrics))
 
     def event(self, type_: str, message: str, **data: Any) -> None:
+        assert data.keys() <= {*EVENT_TYPES[type_].data}, "clients are told these names"
         self.events.append((type_, message))
         self._data[type_] = data
 
